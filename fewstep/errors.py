@@ -1,0 +1,16 @@
+"""Mistakes a user can make, told in one line."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """A mistake in what the user gave: says the place, what was found and what is allowed. Exit code 2, no traceback."""
+
+
+def did_you_mean(name: str, allowed: Iterable[str]) -> str:
+    """`"; did you mean 'x'?"` for the nearest allowed name, or an empty string when none is near."""
+    near = difflib.get_close_matches(str(name), list(allowed), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]!r}?" if near else ""

@@ -1,0 +1,5 @@
+"""Few-step methods: one file each, grouped by family."""
+
+if __name__ != "fewstep.methods":
+    # The folder sits at the repository's root, so a bare import would find it and make a second copy of every class.
+    raise ImportError(f"`{__name__}` is a folder of fewstep: write `import fewstep.methods` instead")

@@ -1,0 +1,1 @@
+"""Students trained to agree with themselves along a trajectory of the teacher."""

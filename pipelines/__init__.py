@@ -1,0 +1,5 @@
+"""Few-step samplers and schedulers, and the way out to plain diffusers."""
+
+if __name__ != "fewstep.pipelines":
+    # The folder sits at the repository's root, so a bare import would find it and make a second copy of every class.
+    raise ImportError(f"`{__name__}` is a folder of fewstep: write `import fewstep.pipelines` instead")
