@@ -1,0 +1,1 @@
+"""The theory: processes, predictions, solvers, times and closed-form teachers."""

@@ -1,0 +1,81 @@
+"""What a network is told besides x_t and t: class labels, text embeddings, or nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_EMPTY: Mapping[str, Any] = MappingProxyType({})
+LABELS = "class_labels"
+
+
+@dataclass(frozen=True)
+class Condition:
+    """Keyword arguments of the network, as its pipeline would pass them.
+
+    Attributes:
+        batched: tensors with the batch first, `(B, *)`. A dotted key (`added_cond_kwargs.time_ids`) is nested when
+            handed to the network.
+        shared: values that hold for the batch as a whole (token ids, a resolution).
+    """
+
+    batched: Mapping[str, Tensor] = field(default_factory=lambda: _EMPTY)
+    shared: Mapping[str, Any] = field(default_factory=lambda: _EMPTY)
+
+    @staticmethod
+    def none() -> Condition:
+        """The condition of an unconditional network."""
+        return Condition()
+
+    @staticmethod
+    def of_labels(labels: Tensor) -> Condition:
+        """Class labels `(B,)`, int64."""
+        return Condition({LABELS: labels})
+
+    @property
+    def labels(self) -> Tensor | None:
+        """Class labels `(B,)`, or None where the condition carries none."""
+        return self.batched.get(LABELS)
+
+    def kwargs(self) -> dict[str, Any]:
+        """The keyword arguments of the network, dotted keys nested."""
+        out: dict[str, Any] = dict(self.shared)
+        for key, value in self.batched.items():
+            outer, _, inner = key.partition(".")
+            if inner:
+                out.setdefault(outer, {})[inner] = value
+            else:
+                out[key] = value
+        return out
+
+    def to(self, device: torch.device | str) -> Condition:
+        """The same condition on `device`; shared tensors move too."""
+        shared = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in self.shared.items()}
+        return Condition({k: v.to(device, non_blocking=True) for k, v in self.batched.items()}, shared)
+
+    def expand(self, batch: int) -> Condition:
+        """A condition of one sample, repeated for `batch` samples without copying."""
+        return Condition({k: v.expand(batch, *v.shape[1:]) for k, v in self.batched.items()}, self.shared)
+
+    def rows(self, index: slice | Tensor) -> Condition:
+        """The samples at `index`."""
+        return Condition({k: v[index] for k, v in self.batched.items()}, self.shared)
+
+    def replaced_where(self, mask: Tensor, other: Condition) -> Condition:
+        """This condition with the samples where `mask` `(B,)` is true taken from `other`."""
+        batched = {
+            k: torch.where(mask.view(-1, *(1,) * (v.ndim - 1)), other.batched[k].to(v.dtype), v)
+            for k, v in self.batched.items()
+        }
+        return Condition(batched, self.shared)
+
+    @staticmethod
+    def cat(parts: Sequence[Condition]) -> Condition:
+        """Conditions one after another along the batch; their shared values must agree, so the first one's are kept."""
+        first = parts[0]
+        return Condition({k: torch.cat([p.batched[k] for p in parts]) for k in first.batched}, first.shared)
