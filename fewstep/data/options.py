@@ -1,0 +1,82 @@
+"""What `data.options` may say for each data set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from fewstep.errors import UserError, did_you_mean
+
+
+class Options(BaseModel):
+    """Closed and strict: an unknown key or a value of another type is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class NoOptions(Options):
+    """For sets that have nothing to choose."""
+
+
+class EmojiOptions(Options):
+    """Arguments of `EmojiScenes`."""
+
+    classes: int | tuple[str, ...] | None = None
+    """Sprite names, or the first N of the curated order; None: all 995."""
+    objects: int | tuple[int, ...] = 1
+    """Objects in a scene: 1, 2, or [1, 2]."""
+    backgrounds: int | tuple[str, ...] = 10
+    """Background names, or the first N."""
+    scale: tuple[float, float] = (0.6, 0.95)
+    """Least and greatest width of a sprite, as a share of the canvas."""
+    jitter: float = 0.15
+    """How far a sprite may lie off its place, as a share of the canvas."""
+    flip: bool = True
+    """Whether half of the sprites are mirrored."""
+    hold_out: float = 0.1
+    """Share of the caption combinations kept out of training."""
+    length: int | None = None
+    """Number of samples; None: endless."""
+
+
+class Emoji32Options(Options):
+    """What may differ in the main job's set."""
+
+    length: int | None = None
+    """Number of samples; None: endless."""
+
+
+class FolderOptions(Options):
+    """Arguments of `ImageFolder`."""
+
+    flip: bool = False
+    """Adds every image a second time, mirrored."""
+    allow_upscale: bool = False
+    """Accepts images smaller than the size."""
+    expected_classes: int | None = None
+    """How many class sub-folders there must be."""
+
+
+OptionsT = TypeVar("OptionsT", bound=Options)
+
+
+def read_options(kind: type[OptionsT], values: Mapping[str, Any]) -> OptionsT:
+    """Checked options.
+
+    Raises:
+        UserError: an unknown key, or a value of the wrong type; one line, with the place.
+    """
+    for key in values:
+        if key not in kind.model_fields:
+            allowed = ", ".join(kind.model_fields) or "none"
+            raise UserError(
+                f"data.options.{key}: unknown key, allowed are {allowed}{did_you_mean(key, kind.model_fields)}"
+            )
+    try:
+        return kind.model_validate(dict(values))
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = first["loc"][0] if first["loc"] else ""
+        raise UserError(f"data.options.{place}: {first['msg'].lower()}; found {values.get(str(place))!r}") from error
