@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """A mistake in what the user gave: says the place, what was found and what is allowed. Exit code 2, no traceback."""
+    """A mistake in what the user gave: the place, what was found, what is allowed. Ends with exit code 2."""
 
 
 def did_you_mean(name: str, allowed: Iterable[str]) -> str:

@@ -121,8 +121,8 @@ def inputs(network: nn.Module, batch: int = 2, size: int = 8) -> dict[str, Tenso
 
 def unet2d_classes(size: int = 8, classes: int = 4, channels: int = 3) -> UNet2DModel:
     """As `unet2d`, with class labels 0 to `classes` − 1 and the null label after them."""
-    plain = unet2d(size, channels)
-    return _seeded(lambda: UNet2DModel.from_config(dict(plain.config), num_class_embeds=classes + 1))
+    config: dict[str, Any] = {**unet2d(size, channels).config, "num_class_embeds": classes + 1}
+    return _seeded(lambda: UNet2DModel(**{key: value for key, value in config.items() if not key.startswith("_")}))
 
 
 def alive(network: Network, std: float = 0.05) -> Network:
@@ -136,19 +136,13 @@ def alive(network: Network, std: float = 0.05) -> Network:
 
 def vae(**config: Any) -> AutoencoderKL:
     """Four latent channels, half the side."""
-    return _seeded(
-        lambda: AutoencoderKL(
-            sample_size=16,
-            block_out_channels=(4, 4),
-            down_block_types=("DownEncoderBlock2D",) * 2,
-            up_block_types=("UpDecoderBlock2D",) * 2,
-            layers_per_block=1,
-            latent_channels=4,
-            norm_num_groups=2,
-            mid_block_add_attention=False,
-            **config,
-        )
-    )
+    blocks: dict[str, Any] = {
+        "block_out_channels": (4, 4),
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+    }
+    sizes: dict[str, Any] = {"sample_size": 16, "latent_channels": 4, "layers_per_block": 1, "norm_num_groups": 2}
+    return _seeded(lambda: AutoencoderKL(**blocks, **sizes, mid_block_add_attention=False, **config))
 
 
 def clip_tokenizer() -> CLIPTokenizer:

@@ -61,5 +61,5 @@ def _load() -> tuple[np.ndarray, np.ndarray]:
         from sklearn.datasets import load_digits
     except ImportError as error:
         raise UserError("data.name: digits needs scikit-learn; install fewstep[data]") from error
-    bunch = load_digits()
-    return bunch.images, bunch.target  # pyright: ignore[reportAttributeAccessIssue]
+    pixels, labels = load_digits(return_X_y=True)
+    return np.reshape(pixels, (-1, 8, 8)), np.asarray(labels)

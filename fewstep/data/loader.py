@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import threading
+import time
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fewstep.data.batch import Batch
@@ -25,10 +27,13 @@ _AHEAD = 2  # batches a worker prepares before they are asked for
 
 @dataclass(frozen=True)
 class _Delivery:
-    """What a worker sends: tensors, or the line of a user's mistake it met (an exception would arrive mangled)."""
+    """What a worker sends: a batch, or the line of a user's mistake it met (an exception would arrive mangled).
 
-    x: Tensor | None = None
-    labels: Tensor | None = None
+    Arrays, because they travel by value; a tensor would travel as a handle that dies with its worker.
+    """
+
+    x: NDArray[np.float32] | None = None
+    labels: NDArray[np.int64] | None = None
     mistake: str = ""
 
 
@@ -43,7 +48,7 @@ class _Requests:
             samples = self.dataset.batch(indices)
         except UserError as error:
             return _Delivery(mistake=str(error))
-        return _Delivery(samples.images, samples.labels)
+        return _Delivery(samples.images.numpy(), samples.labels.numpy() if samples.labels is not None else None)
 
 
 class Loader:
@@ -95,10 +100,11 @@ class Loader:
         for indices, delivery in zip(self._indices(position), self._deliveries(position), strict=True):
             if delivery.x is None:
                 raise UserError(delivery.mistake)
-            condition = Condition.none() if delivery.labels is None else Condition.of_labels(delivery.labels)
+            labels = delivery.labels
+            condition = Condition.none() if labels is None else Condition.of_labels(torch.from_numpy(labels))
             position += self._world * self._batch_size
             self.position = position
-            yield Batch(delivery.x, condition, torch.tensor(indices))
+            yield Batch(torch.from_numpy(delivery.x), condition, torch.tensor(indices))
 
     def _indices(self, position: int) -> Iterator[list[int]]:
         """Sample indices of this process's batches from a global position on."""
@@ -145,6 +151,7 @@ def _from_workers(requests: _Requests, indices: Iterator[list[int]], workers: in
         prefetch_factor=_AHEAD,
         collate_fn=_as_is,  # pyright: ignore[reportArgumentType]
         multiprocessing_context="fork" if sys.platform == "linux" else None,
+        worker_init_fn=partial(_leave_with, os.getpid()),
         generator=torch.Generator(),  # else the global generator would move
     )
     with warnings.catch_warnings():
@@ -157,9 +164,20 @@ def _from_workers(requests: _Requests, indices: Iterator[list[int]], workers: in
             if "exited unexpectedly" not in str(error) and "is killed by signal" not in str(error):
                 raise
             raise RuntimeError(
-                f"a data loader worker died (out of memory, or of shared memory?); data.workers=0 shows why: {error}"
+                f"a data loader worker died (out of memory?); data.workers=0 shows why: {error}"
             ) from error
         yield delivery
+
+
+def _leave_with(parent: int, worker: int) -> None:
+    """Makes a worker end within a second of its parent, even when that was killed while the worker had data to hand."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, name=f"parent of worker {worker}", daemon=True).start()
 
 
 def _as_is(delivery: _Delivery) -> _Delivery:

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -82,8 +82,12 @@ def tile(sprite: Sprite) -> Tensor:
     return _sheet()[:, top : top + TILE, left : left + TILE]
 
 
-def premultiplied(names: Sequence[str]) -> Tensor:
-    """The pictures of `names`: `(N, 4, 64, 64)` uint8 with colours times alpha, ready to be resampled and laid over."""
+@lru_cache(maxsize=4)
+def premultiplied(names: tuple[str, ...]) -> Tensor:
+    """The pictures of `names`: `(N, 4, 64, 64)` uint8 with colours times alpha, ready to be resampled and laid over.
+
+    Shared between callers: not to be written to.
+    """
     sprites = all_sprites()
     tiles = torch.stack([tile(sprites[name]) for name in names]).to(torch.int32)
     colours = (tiles[:, :3] * tiles[:, 3:] + 127) // 255

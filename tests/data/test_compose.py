@@ -10,12 +10,10 @@ from fewstep.data.compose import coverage, draw, over
 
 GENERATOR = torch.Generator().manual_seed(0)
 SPRITE = torch.randint(0, 256, (1, 4, 64, 64), generator=GENERATOR).float()
-NO_FLIP = torch.tensor([False])
 
 
 def place(width: float, x: float = 32.0, y: float = 32.0, size: int = 64, flip: bool = False) -> torch.Tensor:
-    numbers = (torch.tensor([value]) for value in (x, y, width))
-    return draw(SPRITE, *numbers, torch.tensor([flip]), size)
+    return draw(SPRITE, torch.tensor([x]), torch.tensor([y]), torch.tensor([width]), torch.tensor([flip]), size)
 
 
 def test_a_sprite_at_its_own_size_is_copied():
@@ -64,8 +62,8 @@ def test_weights_are_steps_of_a_256th_and_sum_to_one_inside():
 
 def test_enlarging_is_linear_interpolation():
     ramp = torch.arange(64.0).expand(1, 4, 64, 64).contiguous()
-    numbers = (torch.tensor([value]) for value in (128.0, 128.0, 256.0))
-    drawn = draw(ramp, *numbers, NO_FLIP, 256)
+    middle = torch.tensor([128.0])
+    drawn = draw(ramp, middle, middle, 2 * middle, torch.tensor([False]), 256)
     expected = (torch.arange(256.0) + 0.5) / 4 - 0.5
     assert (drawn[0, 0, 128, 2:-2] - expected[2:-2]).abs().max() < 64 / 256
 

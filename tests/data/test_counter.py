@@ -33,7 +33,12 @@ def test_uniforms_fill_the_unit_interval_evenly():
 
 @pytest.mark.parametrize(
     ("first", "second"),
-    [((0, "x", 0), (0, "y", 0)), ((0, "x", 0), (1, "x", 0)), ((0, "x", 0), (0, "x", 1)), ((0, "x", 0), (2**63, "x", 0))],
+    [
+        ((0, "x", 0), (0, "y", 0)),
+        ((0, "x", 0), (1, "x", 0)),
+        ((0, "x", 0), (0, "x", 1)),
+        ((0, "x", 0), (2**63, "x", 0)),
+    ],
 )
 def test_streams_seeds_and_neighbours_are_uncorrelated(first, second):
     a, b = (uniforms(seed, stream, INDEX + np.uint64(shift)) for seed, stream, shift in (first, second))

@@ -29,13 +29,14 @@ def test_counts_range_and_labels():
 def test_the_splits_are_the_whole_without_overlap():
     from sklearn.datasets import load_digits
 
-    images = torch.from_numpy(load_digits().images).float() / 8 - 1
+    flat, _ = load_digits(return_X_y=True)
+    images = torch.tensor(flat).float().view(-1, 8, 8) / 8 - 1
     assert torch.equal(Digits().batch([0, 8, 9]).images[:, 0], images[[0, 8, 10]])
     assert torch.equal(Digits("held_out").batch([0, 178]).images[:, 0], images[[9, 1789]])
 
 
 def test_wrong_asks_are_refused(monkeypatch):
-    with pytest.raises(UserError, match="digits split: found 'tran'.*did you mean 'train'"):
+    with pytest.raises(UserError, match=r"digits split: found 'tran'.*did you mean 'train'"):
         Digits("tran")
     for index in (1618, -1):
         with pytest.raises(IndexError):

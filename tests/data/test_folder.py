@@ -49,7 +49,9 @@ def test_labels_follow_the_sorted_sub_folders(classes):
 def test_captions_of_a_metadata_file(tmp_path):
     save(tmp_path / "a.png")
     save(tmp_path / "sub" / "b.png", (0, 0, 255))
-    captions(tmp_path, [{"file_name": "sub/b.png", "text": "a blue square"}, {"file_name": "a.png", "text": "a red one"}])
+    captions(
+        tmp_path, [{"file_name": "sub/b.png", "text": "a blue square"}, {"file_name": "a.png", "text": "a red one"}]
+    )
     data = ImageFolder(tmp_path, size=8)
     batch = data.batch([0, 1])
     assert batch.captions == ("a blue square", "a red one")
@@ -80,7 +82,11 @@ def test_shrinking_is_antialiased_bicubic(tmp_path):
 
 def test_transparency_is_laid_over_white(tmp_path):
     save(tmp_path / "x" / "glass.png", (255, 0, 0, 128))
-    assert ImageFolder(tmp_path, size=8).batch([0]).images[0, :, 0, 0].add(1).mul(127.5).round().tolist() == [255, 127, 127]
+    assert ImageFolder(tmp_path, size=8).batch([0]).images[0, :, 0, 0].add(1).mul(127.5).round().tolist() == [
+        255,
+        127,
+        127,
+    ]
 
 
 def test_a_camera_note_turns_the_picture_upright(tmp_path):

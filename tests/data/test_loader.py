@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import signal
+import sys
+import time
 from collections.abc import Sequence
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
@@ -70,7 +75,9 @@ def test_every_epoch_shows_each_sample_once_in_another_order():
     epochs = [torch.cat([b.index for b in take(loader, 3)]).tolist() for _ in range(3)]
     assert all(sorted(epoch) == list(range(21)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
-    again, other = (torch.cat([b.index for b in take(Loader(Numbers(length=21), 7, seed=s), 3)]).tolist() for s in (0, 1))
+    again, other = (
+        torch.cat([b.index for b in take(Loader(Numbers(length=21), 7, seed=s), 3)]).tolist() for s in (0, 1)
+    )
     assert again == epochs[0]
     assert other != epochs[0]
 
@@ -139,8 +146,39 @@ def test_a_dead_worker_is_reported():
         take(Loader(Numbers(death=9), 4, seed=0, workers=1), 5)
 
 
+def killed_while_loading(pipe) -> None:
+    batches = iter(Loader(emoji32(), 64, seed=0, workers=2))
+    next(batches)
+    pipe.send([child.pid for child in multiprocessing.active_children()])
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_workers_leave_when_their_parent_is_killed():
+    context = multiprocessing.get_context("fork")
+    receiver, sender = context.Pipe(duplex=False)
+    parent = context.Process(target=killed_while_loading, args=(sender,))
+    parent.start()
+    workers = receiver.recv()
+    parent.join()
+    assert parent.exitcode == -signal.SIGKILL
+    assert len(workers) == 2
+    deadline = time.monotonic() + 30
+    while any(map(running, workers)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(map(running, workers))
+
+
 def test_the_order_of_a_finite_set_is_what_it_was():
     assert sample_indices(torch.arange(12).numpy(), 0, 6).tolist() == ORDER
 
 
-ORDER = []
+ORDER = [3, 5, 0, 2, 1, 4, 1, 5, 2, 3, 0, 4]

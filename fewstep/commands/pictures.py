@@ -1,0 +1,34 @@
+"""Samples of a run in training, as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from fewstep.diffusion.solvers import sample
+from fewstep.evaluation.grid import save_grid
+from fewstep.models.conditioning import Condition
+from fewstep.training.assemble import EMA
+from fewstep.training.finished import sampler_of
+from fewstep.training.loop import TrainState
+
+COLUMNS = 8
+
+
+@torch.no_grad()
+def sample_grid(state: TrainState, path: Path, rows: int = 4) -> None:
+    """Write `rows` × 8 samples of the averaged student, from noise of its own seed: the run's stream is untouched."""
+    student, config = state.method.student, state.config
+    sampler = sampler_of(config, student.process)
+    generator = torch.Generator().manual_seed(config.run.seed)
+    shape = (rows * COLUMNS, *state.loader.dataset.shape)
+    noise = torch.randn(shape, generator=generator).to(state.accelerator.device)
+    condition = Condition.none()
+    if student.null is not None and student.null.labels is not None:
+        count = int(student.null.labels)
+        condition = Condition.of_labels((torch.arange(len(noise)) % count).to(noise.device))
+    with state.method.averages[EMA].swapped(), state.accelerator.autocast():
+        images = sample(student, sampler, noise, condition, torch.Generator(noise.device).manual_seed(config.run.seed))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_grid(path, list(images.float().cpu().chunk(rows)), [""] * rows, [""] * COLUMNS)

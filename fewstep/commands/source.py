@@ -1,0 +1,122 @@
+"""What a command may sample: a run's folder, an export, or a teacher."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.diffusion.solvers import Denoiser, Sampler, sample
+from fewstep.errors import UserError, did_you_mean
+from fewstep.models.conditioning import Condition
+from fewstep.models.denoiser import NetworkDenoiser
+from fewstep.models.guidance import Guided
+from fewstep.models.load import load_denoiser, resolve
+from fewstep.pipelines.manifest import Manifest, is_export, read_manifest
+from fewstep.training.finished import SOLVER_STEPS, load_run
+
+_CHANNELS = (1, 3)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A network with what is known about sampling it.
+
+    Attributes:
+        denoiser: the network, under its guidance.
+        sampler: its own.
+        shape: `(C, H, W)` of a sample.
+        class_count: labels it takes; 0 is unconditional.
+        classes: their names by number; empty where they are not known.
+        few_step: whether it was made for the sampler's number of steps.
+    """
+
+    denoiser: Denoiser
+    sampler: Sampler
+    shape: tuple[int, int, int]
+    class_count: int
+    classes: tuple[str, ...]
+    few_step: bool
+
+    def sampler_in(self, steps: int) -> Sampler:
+        """Its sampler in that many steps; its own where that is their number.
+
+        Raises:
+            UserError: the process has no list of so many steps.
+        """
+        own = len(self.sampler.times) == steps
+        return self.sampler if own else Sampler.of(self.denoiser.process, steps, self.sampler.kind)
+
+    def images(self, sampler: Sampler, noise: Tensor, labels: Tensor | None, seed: int) -> Tensor:
+        """Images `(B, C, H, W)` in about [-1, 1] from unit noise `(B, C, H, W)`, with fresh noise from `seed`."""
+        condition = Condition.none() if labels is None else Condition.of_labels(labels)
+        with torch.no_grad():
+            return sample(self.denoiser, sampler, noise, condition, torch.Generator().manual_seed(seed))
+
+    def class_number(self, word: str) -> int:
+        """The class of a name or number.
+
+        Raises:
+            UserError: there is no such class.
+        """
+        if word.isdecimal() and int(word) < self.class_count:
+            return int(word)
+        if word in self.classes:
+            return self.classes.index(word)
+        if not self.class_count:
+            raise UserError(f"classes: {word!r} given, this network takes none")
+        names = f"names ({', '.join(self.classes)})" if self.classes else "numbers"
+        near = did_you_mean(word, self.classes)
+        raise UserError(f"classes: {word!r} given{near}; {names} or 0 to {self.class_count - 1} are allowed")
+
+
+def open_source(name: str, guidance: float | None = None) -> Source:
+    """The source of that name.
+
+    Args:
+        name: a run's folder, an export's, an embedded teacher, or a diffusers pipeline's folder or hub name.
+        guidance: scale for a teacher or a run that trained one; None: what its folder states, or 1.
+
+    Raises:
+        UserError: it is none of these, samples are no pictures, or guidance is given for a few-step student.
+    """
+    folder = Path(name)
+    if (folder / "config.json").is_file() and not (folder / "model_index.json").is_file():
+        run = load_run(folder)
+        return _source(run.student, run.sampler, run.classes, run.few_step, guidance)
+    pipeline = resolve(name)
+    denoiser = load_denoiser(str(pipeline))
+    manifest = read_manifest(pipeline) if is_export(pipeline) else None
+    if manifest is None:
+        return _source(denoiser, Sampler.of(denoiser.process, SOLVER_STEPS, "ddim"), (), False, guidance)
+    stated = guidance if guidance is not None else manifest.guidance
+    return _source(denoiser, manifest.sampler, manifest.classes, _few_step(manifest), stated)
+
+
+def _few_step(manifest: Manifest) -> bool:
+    return manifest.sampler.kind == "renoise" or len(manifest.sampler.times) < SOLVER_STEPS
+
+
+def _source(
+    denoiser: NetworkDenoiser, sampler: Sampler, classes: tuple[str, ...], few_step: bool, guidance: float | None
+) -> Source:
+    if few_step and guidance not in (None, 1.0):
+        raise UserError(f"guidance: {guidance} given; a few-step student has it built in and takes 1 only")
+    null = denoiser.null
+    count = 0 if null is None or null.labels is None else int(null.labels)
+    scale = 1.0 if guidance is None else guidance
+    guided = Guided(denoiser, null, scale)
+    return Source(guided, sampler, _picture_shape(denoiser), count, classes, few_step)
+
+
+def _picture_shape(denoiser: NetworkDenoiser) -> tuple[int, int, int]:
+    config: Any = getattr(denoiser.network, "config", {})
+    name = type(denoiser.network).__name__
+    if name != "UNet2DModel" or config["in_channels"] not in _CHANNELS:
+        raise UserError(f"source: {name} makes latents; only UNet2DModel with 1 or 3 channels makes pictures by itself")
+    side = config["sample_size"]
+    height, width = (side, side) if isinstance(side, int) else side
+    return config["in_channels"], height, width

@@ -1,0 +1,122 @@
+"""`fewstep train`: one config to its end, whatever happened to it before."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import typer
+
+from fewstep.commands.configs import find
+from fewstep.commands.pictures import sample_grid
+from fewstep.config import RunConfig, load
+from fewstep.errors import UserError
+from fewstep.training import checkpoint
+from fewstep.training.assemble import assemble, make_accelerator, open_sources
+from fewstep.training.loop import Report, TrainState, train
+from fewstep.training.tracking import Log
+
+CHECKPOINTS = "checkpoints"
+
+
+def run(path: Path, overrides: Sequence[str]) -> None:
+    """Train the config at `path`, with a progress bar, and say where the result lies."""
+    config = load(find(path), overrides)
+    state = start(config)
+    for _ in logged(state):
+        pass
+    if state.accelerator.is_main_process:
+        typer.echo(f"{config.run.dir}: step {state.step} of {config.train.steps}, done")
+    state.accelerator.end_training()
+
+
+def start(config: RunConfig) -> TrainState:
+    """Everything built, and put back to the last checkpoint where there is one."""
+    accelerator = make_accelerator(config)
+    state = assemble(config, open_sources(config, accelerator.device), accelerator)
+    found = checkpoint.list_checkpoints(config.run.dir / CHECKPOINTS)
+    if found and config.train.resume == "never":
+        raise UserError(
+            f"run.dir: {config.run.dir} holds {found[-1].name}; resume with train.resume=auto, or change it"
+        )
+    if found:
+        checkpoint.restore(found[-1], state)
+        if accelerator.is_main_process:
+            typer.echo(f"resumed from {found[-1]}")
+    return state
+
+
+def logged(state: TrainState) -> Iterator[Report]:
+    """Train to the end, with log, progress bar, sample grids and checkpoints at their cadence."""
+    config, main = state.config, state.accelerator.is_main_process
+    if main:
+        write_config(config)
+    log = Log(config.run.dir, state.step) if main else None
+    try:
+        with _Progress(state) as advance:
+            for report in train(state):
+                if log is not None and _due(report.step, config.train.log_every, config):
+                    log.write(report, report.step * config.data.batch_size)
+                advance(report)
+                if main and config.train.sample_every and _due(report.step, config.train.sample_every, config):
+                    sample_grid(state, config.run.dir / "samples" / f"step-{report.step:08d}.png")
+                if _due(report.step, config.train.checkpoint_every, config):
+                    save(state)
+                yield report
+    finally:
+        if log is not None:
+            log.close()
+
+
+def save(state: TrainState) -> None:
+    """A checkpoint by the main process; the others wait, so that none runs ahead of a torn one."""
+    if state.accelerator.is_main_process:
+        checkpoint.save(state.config.run.dir / CHECKPOINTS, state)
+    state.accelerator.wait_for_everyone()
+
+
+def write_config(config: RunConfig) -> None:
+    """The resolved run, as `config.json` in its folder."""
+    try:
+        config.run.dir.mkdir(parents=True, exist_ok=True)
+        partial = config.run.dir / ".config.json.partial"
+        partial.write_text(json.dumps(config.model_dump(mode="json"), indent=1))
+        os.replace(partial, config.run.dir / "config.json")
+    except OSError as error:
+        raise UserError(f"run.dir: {config.run.dir} cannot be written: {error.strerror}") from error
+
+
+def _due(step: int, every: int, config: RunConfig) -> bool:
+    return step % every == 0 or step == config.train.steps
+
+
+class _Progress:
+    """A progress bar with images per second and time left; silent in other processes and where nobody watches."""
+
+    def __init__(self, state: TrainState) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+                   TextColumn("{task.fields[rate]}"), TimeRemainingColumn())  # fmt: skip
+        console = Console(stderr=True)
+        quiet = not state.accelerator.is_main_process or not console.is_terminal
+        self._bar = Progress(*columns, console=console, disable=quiet, transient=True)
+        steps = state.config.train.steps
+        self._task = self._bar.add_task(state.config.method.name, total=steps, completed=state.step, rate="")
+        self._first, self._batch, self._clock = state.step, state.config.data.batch_size, time.perf_counter()
+
+    def __enter__(self) -> _Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bar.stop()
+
+    def __call__(self, report: Report) -> None:
+        images = (report.step - self._first) * self._batch
+        rate = f"{images / (time.perf_counter() - self._clock):.0f} images/s"
+        self._bar.update(self._task, completed=report.step, rate=rate)

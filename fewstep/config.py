@@ -1,0 +1,281 @@
+"""Typed runs: what a YAML file and `key=value` words may say, checked before anything is built."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, field_validator, model_validator
+
+from fewstep import registry
+from fewstep.errors import UserError, did_you_mean
+from fewstep.mistakes import explain
+from fewstep.section import Section, found, mistake_at
+
+MAX_STEPS = 8
+CLOSED_FORM = "mixture"
+"""The data set of `fewstep verify`, which brings its teacher along."""
+
+Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Run(Section):
+    """Where a run lives and what it is drawn from."""
+
+    dir: Path
+    """Folder of the run: logs, samples and checkpoints."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the data order, of every random draw and of new weights."""
+
+
+class Teacher(Section):
+    """The model that is distilled."""
+
+    path: str | None = None
+    """An embedded teacher's name, a diffusers pipeline folder, or a hub name. None: the method trains from data."""
+    guidance: float = Field(default=1.0, ge=0)
+    """Guidance scale s of x̂_∅ + s·(x̂_c − x̂_∅); 1 is off."""
+
+
+class NewNetwork(Section):
+    """A network made from scratch, with the forward process it learns."""
+
+    network: str = "UNet2DModel"
+    """A diffusers network class that fewstep knows."""
+    config: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of that class. `sample_size`, channels and `num_class_embeds` follow the data where left out."""
+    process: Literal["vp", "flow"] = "vp"
+    """The forward process: variance preserving (1,000 steps), or flow matching."""
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "squaredcos_cap_v2"
+    """The noise table of `vp`, by its diffusers name."""
+    shift: float = Field(default=1.0, gt=0)
+    """The shift of `flow`'s step lists towards noise."""
+    prediction: Literal["epsilon", "v_prediction", "velocity"] = "v_prediction"
+    """What the network predicts: `epsilon` or `v_prediction` with `vp`, `velocity` with `flow`."""
+
+    @model_validator(mode="after")
+    def _prediction_of_process(self) -> Self:
+        if (self.process == "flow") != (self.prediction == "velocity"):
+            allowed = "velocity" if self.process == "flow" else "epsilon or v_prediction"
+            raise mistake_at("prediction", f"{self.prediction} given; process {self.process} goes with {allowed}")
+        return self
+
+
+class Student(Section):
+    """The model that is trained."""
+
+    steps: int = Field(default=1, ge=1, le=MAX_STEPS)
+    """Network evaluations per sample."""
+    lora: int | None = Field(default=None, ge=1)
+    """Rank of a LoRA on the teacher's frozen weights; None trains all weights of a copy."""
+    new: NewNetwork | None = None
+    """A network from scratch; None starts from the teacher's weights."""
+
+    @model_validator(mode="after")
+    def _lora_on_a_teacher(self) -> Self:
+        if self.lora is not None and self.new is not None:
+            raise mistake_at("lora", "needs the teacher's weights, but student.new is given too; leave one of them out")
+        return self
+
+
+class Data(Section):
+    """Where samples come from."""
+
+    name: str = "emoji32"
+    """`emoji32`, `emoji`, `digits`, `folder`, or `mixture` (set by `fewstep verify`)."""
+    path: Path | None = None
+    """The folder of `folder`."""
+    size: int | None = Field(default=None, ge=8)
+    """Side of the images in pixels; None: the set's own."""
+    batch_size: int = Field(default=64, ge=1)
+    """Samples per optimizer step, over all processes and accumulated micro-batches."""
+    workers: int = Field(default=0, ge=0)
+    """Loader processes; 0 loads in the training process."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Further arguments of the set."""
+
+
+class PlayerOptim(Section):
+    """What one player does differently."""
+
+    lr: float | None = Field(default=None, gt=0)
+    """Its learning rate."""
+    weight_decay: float | None = Field(default=None, ge=0)
+    """Its weight decay."""
+
+
+class Optim(Section):
+    """AdamW for every player."""
+
+    lr: float = Field(default=1e-4, gt=0)
+    """Learning rate after warm-up."""
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    """Decay of Adam's two moments."""
+    eps: float = Field(default=1e-8, gt=0)
+    """Adam's ε."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay."""
+    clip: float | None = Field(default=1.0, gt=0)
+    """Largest gradient norm of a player; None never clips."""
+    warmup: int = Field(default=0, ge=0)
+    """Steps of linear warm-up."""
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    """How the learning rate goes to zero over the run."""
+    players: dict[str, PlayerOptim] = Field(default_factory=dict)
+    """Overrides by player: `players.fake_score.lr=1e-3`."""
+
+
+class Train(Section):
+    """The loop."""
+
+    steps: int = Field(default=1000, ge=1)
+    """Optimizer steps of the whole run."""
+    accumulate: int = Field(default=1, ge=1)
+    """Micro-batches per optimizer step."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Compute precision of the networks; weights, times and losses stay float32."""
+    compile: Literal["none", "blocks", "whole"] = "none"
+    """torch.compile of the networks."""
+    ema: float = Field(default=0.999, ge=0, lt=1)
+    """Decay of the averaged student that is sampled and exported."""
+    checkpoint_every: int = Field(default=500, ge=1)
+    """Steps between checkpoints."""
+    keep_last: int = Field(default=2, ge=1)
+    """Checkpoints kept."""
+    log_every: int = Field(default=20, ge=1)
+    """Steps between lines of `log.jsonl`."""
+    sample_every: int = Field(default=500, ge=0)
+    """Steps between sample grids; 0 makes none."""
+    resume: Literal["auto", "never"] = "auto"
+    """`auto` goes on from the last checkpoint of the run's folder; `never` refuses a folder that has one."""
+    threads: int | None = Field(default=None, ge=1)
+    """CPU threads of torch; None leaves torch's choice."""
+
+
+class RunConfig(Section):
+    """One whole run, as it is written beside every checkpoint and into every export."""
+
+    run: Run
+    teacher: Teacher = Teacher()
+    student: Student = Student()
+    method: SerializeAsAny[registry.MethodConfig]
+    data: Data = Data()
+    optim: Optim = Optim()
+    train: Train = Train()
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _method_of_its_name(cls, value: object) -> object:
+        if isinstance(value, registry.MethodConfig):
+            return value
+        if not isinstance(value, Mapping):
+            raise ValueError(f"a section with a name is needed, such as {{name: dmd2}}; found {found(value)}")
+        if not isinstance(value.get("name"), str):
+            raise ValueError(f"method.name is missing; registered: {', '.join(registry.names())}")
+        return registry.get(value["name"]).Config.model_validate(dict(value))
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Self:
+        has_teacher = self.teacher.path is not None or self.data.name == CLOSED_FORM
+        if not has_teacher and registry.get(self.method.name).needs_teacher:
+            raise mistake_at("teacher.path", f"missing; {self.method.name} distils a teacher")
+        if not has_teacher and self.teacher.guidance != Teacher().guidance:
+            raise mistake_at("teacher.guidance", f"{self.teacher.guidance} given, but no teacher.path")
+        if self.data.batch_size % self.train.accumulate:
+            text = f"{self.data.batch_size} is no multiple of train.accumulate={self.train.accumulate}"
+            raise mistake_at("data.batch_size", text)
+        return self
+
+
+def load(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """The run of a YAML file with `key.sub=value` words applied.
+
+    Raises:
+        UserError: the file is missing or no mapping, a word is no `key=value`, or a value is not allowed.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    values = _read_yaml(path)
+    try:
+        merged = OmegaConf.merge(OmegaConf.create(values), *map(_override, overrides))
+        resolved = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
+    assert isinstance(resolved, dict)
+    return parse({str(key): value for key, value in resolved.items()})
+
+
+def _read_yaml(path: Path) -> dict[Any, Any]:
+    from omegaconf import OmegaConf
+    from yaml import MarkedYAMLError, YAMLError
+
+    if not path.is_file():
+        near = did_you_mean(path.name, [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else [])
+        raise UserError(f"config: {'a folder' if path.is_dir() else 'no file'} {str(path)!r}{near}")
+    try:
+        values = OmegaConf.to_container(OmegaConf.load(path))
+    except MarkedYAMLError as error:
+        mark = error.problem_mark
+        place = f"{path}, line {mark.line + 1}, column {mark.column + 1}" if mark else f"{path}"
+        tab = "; indent with spaces, not with tabs" if mark and _has_tab(path, mark.line) else ""
+        raise UserError(f"{place}: {error.problem or 'no YAML'}{tab}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: no text in UTF-8 (byte {error.start})") from error
+    except YAMLError as error:
+        raise UserError(f"{path}: no YAML ({str(error).splitlines()[0]})") from error
+    except OSError as error:  # OmegaConf says so of a file that holds one word or number
+        reason = error.strerror or "a mapping of sections is needed, found a single value"
+        raise UserError(f"{path}: {reason}") from error
+    if not isinstance(values, dict) or not values:
+        what = "an empty file" if not values else f"a {type(values).__name__}"
+        raise UserError(f"{path}: a mapping of sections is needed ({', '.join(RunConfig.model_fields)}), found {what}")
+    return values
+
+
+def _has_tab(path: Path, line: int) -> bool:
+    lines = path.read_text().splitlines()
+    return line < len(lines) and "\t" in lines[line]
+
+
+def _override(word: str) -> Any:
+    """One `key=value` word as a nested mapping; its value is read as YAML."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    key, equals, _ = word.partition("=")
+    if not equals or not all(key.split(".")):
+        raise UserError(f"override {word!r}: give key=value, for example train.steps=200")
+    try:
+        return OmegaConf.from_dotlist([word])
+    except (OmegaConfBaseException, YAMLError, ValueError) as error:
+        raise UserError(f"override {word!r}: its value is no YAML; quote it") from error
+
+
+def parse(values: Mapping[str, Any]) -> RunConfig:
+    """A run from plain values; the first three mistakes become one line.
+
+    Raises:
+        UserError: a key is unknown, or a value is missing, of the wrong type, out of range or without effect.
+    """
+    try:
+        return RunConfig.model_validate(dict(values))
+    except ValidationError as error:
+        raise UserError(explain(error, RunConfig, values)) from error
+
+
+def flat(config: BaseModel) -> dict[str, Any]:
+    """A config as dotted keys and JSON values, for comparing two runs."""
+    out: dict[str, Any] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        if isinstance(value, dict) and value:
+            for key, inner in value.items():
+                walk(f"{prefix}.{key}" if prefix else key, inner)
+        else:
+            out[prefix] = value
+
+    walk("", config.model_dump(mode="json"))
+    return out

@@ -1,0 +1,1 @@
+"""Networks behind one call, what conditions them, and the players of a distillation."""

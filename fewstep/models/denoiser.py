@@ -1,0 +1,114 @@
+"""A diffusers network behind one call: `(x_t, t, condition) -> Prediction`."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.diffusion.prediction import Kind, Prediction
+from fewstep.diffusion.process import Process
+from fewstep.errors import UserError
+from fewstep.models.conditioning import Condition
+from fewstep.models.families import Family, scheduler_time
+from fewstep.models.lora import BASE, Adapters
+from fewstep.models.players import Player
+from fewstep.models.taps import FeatureTap
+
+
+@dataclass(frozen=True, eq=False)
+class NetworkDenoiser:
+    """A network, the process its input lives on, and what it predicts.
+
+    Attributes:
+        network: a diffusers UNet or DiT, in eval mode: dropout off, for students too (DMD2's and LCM's setting).
+        family: how the network is called.
+        process: what x_t and t mean.
+        kind: the parametrisation of the output.
+        null: the null condition, of one sample; None where the network is unconditional.
+        adapters: the low-rank adapters on the network, and which of them is active.
+        adapter: the adapter this view computes with.
+    """
+
+    network: nn.Module
+    family: Family
+    process: Process
+    kind: Kind
+    null: Condition | None
+    adapters: Adapters
+    adapter: str = BASE
+    tap: FeatureTap | None = field(default=None, repr=False)
+
+    def __call__(self, x_t: Tensor, t: Tensor, condition: Condition) -> Prediction:
+        """The prediction at `x_t` `(B, *)` and times `t` `(B,)` of the process, kept in float32 for the network."""
+        self.adapters.activate(self.adapter)
+        inputs = {self.family.sample: x_t, "timestep": scheduler_time(self.process, t)}
+        output = self.network(**inputs, **condition.kwargs(), return_dict=False)[0]
+        if self.family.learned_sigma:
+            output = output[:, : x_t.shape[1]]
+        return Prediction(self.process, x_t, t, output, self.kind)
+
+    def to(self, device: torch.device | str) -> NetworkDenoiser:
+        """The same denoiser with its network moved, in place, and its null condition beside it."""
+        self.network.to(device)
+        return replace(self, null=None if self.null is None else self.null.to(device))
+
+    def copy(self) -> NetworkDenoiser:
+        """The same denoiser with weights of its own.
+
+        Raises:
+            UserError: the network carries adapters, so a copy would double what they are there to share.
+        """
+        if self.adapters.names:
+            shared = ", ".join(self.adapters.names)
+            raise UserError(
+                f"student.lora: the network is shared by adapters ({shared}); give every player a LoRA rank"
+            )
+        network = copy.deepcopy(self.network)
+        return replace(self, network=network, adapters=Adapters(network), adapter=BASE, tap=None)
+
+    def lora_view(self, name: str, rank: int) -> NetworkDenoiser:
+        """The same frozen network seen through a new adapter, equal to this denoiser until trained."""
+        self.adapters.add(name, rank)
+        return replace(self, adapter=name, tap=None)
+
+    def follower(self, name: str) -> NetworkDenoiser:
+        """A denoiser with this one's present weights that an average may move: a frozen copy, or one more adapter."""
+        if self.adapter == BASE:
+            copied = self.copy()
+            copied.network.requires_grad_(False)
+            return copied
+        view = self.lora_view(name, self.adapters.rank(self.adapter))
+        for mine, its in zip(self.parameters().values(), view.parameters().values(), strict=True):
+            its.data.copy_(mine.data)
+            its.requires_grad_(False)
+        return view
+
+    def shadow_of(self, player: Player) -> dict[str, Tensor]:
+        """This follower's tensors under the names of the player it follows."""
+        return dict(zip(player.parameters, self.parameters().values(), strict=True))
+
+    def tapped(self) -> NetworkDenoiser:
+        """The same denoiser, whose bottleneck features can be read after each call with `features()`."""
+        return replace(self, tap=FeatureTap(self.network, (self.family.tap(self.network),)))
+
+    def features(self) -> tuple[Tensor, ...]:
+        """The features of the last call, with their graph; for denoisers made by `tapped()`."""
+        assert self.tap is not None, "features() needs a tapped() denoiser"
+        return self.tap.take()
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """What training this view trains: its adapter, or all weights."""
+        if self.adapter != BASE:
+            return self.adapters.parameters(self.adapter)
+        return dict(self.network.named_parameters())
+
+
+def freeze(network: nn.Module) -> nn.Module:
+    """The network in eval mode, outside every optimizer, in the memory format its convolutions like best."""
+    network.eval().requires_grad_(False)
+    if any(isinstance(m, nn.Conv2d) for m in network.modules()):
+        network.to(memory_format=torch.channels_last)  # pyright: ignore[reportCallIssue]
+    return network

@@ -1,0 +1,188 @@
+"""Networks from a diffusers pipeline folder, a hub name, an embedded teacher, or from scratch."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fewstep.config import NewNetwork
+from fewstep.diffusion.prediction import Kind
+from fewstep.diffusion.process import VP, Flow
+from fewstep.errors import UserError, did_you_mean
+from fewstep.models.conditioning import Condition
+from fewstep.models.denoiser import NetworkDenoiser, freeze
+from fewstep.models.families import FAMILIES, Family, family_of
+from fewstep.models.lora import Adapters
+from fewstep.models.schedule import Schedule, alphas_cumprod, schedule_of
+
+NEW = ("UNet2DModel", "DiTTransformer2DModel")  # what learns from images and classes alone
+EMBEDDED = Path(__file__).parent.parent / "data" / "assets" / "teachers"
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a new network must fit: the data's channels, side and number of classes."""
+
+    channels: int
+    side: int
+    classes: int
+
+
+def embedded_teachers() -> tuple[str, ...]:
+    """Names of the teachers that ship with fewstep."""
+    return tuple(sorted(p.name for p in EMBEDDED.iterdir() if p.is_dir())) if EMBEDDED.is_dir() else ()
+
+
+def resolve(path: str) -> Path:
+    """The pipeline folder of an embedded name, a folder, or a hub name (which is downloaded to the hub's cache).
+
+    Raises:
+        UserError: it is none of these.
+    """
+    if path in embedded_teachers():
+        return EMBEDDED / path
+    folder = Path(path)
+    if folder.is_dir():
+        return folder
+    if path.count("/") == 1 and not path.startswith((".", "/")):
+        return _from_hub(path)
+    near = did_you_mean(path, embedded_teachers())
+    embedded = ", ".join(embedded_teachers()) or "none"
+    raise UserError(f"teacher.path: no folder or embedded teacher {path!r}{near}; embedded: {embedded}")
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:
+        raise UserError(f"teacher.path: {name!r} is no folder, and the hub did not give it: {_first(error)}") from error
+
+
+def _first(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def load_denoiser(path: str, device: torch.device | str = "cpu") -> NetworkDenoiser:
+    """The frozen denoiser of a pipeline, with the process and the prediction its scheduler's config states.
+
+    Raises:
+        UserError: the folder is no pipeline, lacks a component, or holds a network that fewstep does not know.
+    """
+    folder = resolve(path)
+    component = _network_component(folder)
+    network = _load_network(folder, component)
+    schedule = schedule_of(_read_json(folder / "scheduler" / "scheduler_config.json"))
+    return make_denoiser(network, schedule).to(device)
+
+
+def make_denoiser(network: nn.Module, schedule: Schedule) -> NetworkDenoiser:
+    """A frozen denoiser around a network of a known class."""
+    family = family_of(type(network).__name__)
+    null = _null_condition(network, family)
+    return NetworkDenoiser(freeze(network), family, schedule.process, schedule.kind, null, Adapters(network))
+
+
+def _null_condition(network: nn.Module, family: Family) -> Condition | None:
+    label = family.null_label(dict(getattr(network, "config", {})))
+    return None if label is None else Condition.of_labels(torch.tensor([label]))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise UserError(f"{path.parent}: no {path.name}; a diffusers pipeline folder is needed") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not JSON ({error})") from error
+
+
+def _network_component(folder: Path) -> str:
+    index = _read_json(folder / "model_index.json")
+    found = [key for key, value in index.items() if isinstance(value, list) and value[-1] in FAMILIES]
+    if len(found) != 1:
+        parts = ", ".join(f"{k}: {v[-1]}" for k, v in index.items() if isinstance(v, list))
+        raise UserError(
+            f"{folder}: one network of {', '.join(FAMILIES)} is needed; its components are {parts or 'none'}"
+        )
+    return found[0]
+
+
+def _load_network(folder: Path, component: str) -> nn.Module:
+    import diffusers
+
+    config = _read_json(folder / component / "config.json")
+    name = config.get("_class_name", "")
+    family_of(name)
+    if not any((folder / component).glob("*.safetensors")):
+        raise UserError(f"{folder / component}: no *.safetensors; the weights cannot be read from another format")
+    try:
+        return getattr(diffusers, name).from_pretrained(
+            folder / component, torch_dtype=torch.float32, use_safetensors=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise UserError(f"{folder / component}: the weights cannot be read: {_first(error)}") from error
+
+
+def new_denoiser(spec: NewNetwork, shape: Shape, seed: int) -> NetworkDenoiser:
+    """A network from scratch, its weights drawn from `seed`.
+
+    Raises:
+        UserError: the class is not known, refuses its arguments, or the prediction does not go with the process.
+    """
+    network = _build(spec, shape, seed)
+    if (spec.process == "flow") != (spec.prediction == "velocity"):
+        allowed = "velocity" if spec.process == "flow" else "epsilon or v_prediction"
+        raise UserError(f"student.new.prediction: {spec.prediction} given; process {spec.process} goes with {allowed}")
+    if spec.process == "flow":
+        return make_denoiser(network, Schedule(Flow(spec.shift), Kind.VELOCITY))
+    table = alphas_cumprod({"beta_schedule": spec.beta_schedule})
+    return make_denoiser(network, Schedule(VP(table), Kind(spec.prediction)))
+
+
+def _build(spec: NewNetwork, shape: Shape, seed: int) -> nn.Module:
+    import diffusers
+
+    if spec.network not in NEW:
+        near = did_you_mean(spec.network, NEW)
+        raise UserError(f"student.new.network: {spec.network!r} is not one of {', '.join(NEW)}{near}")
+    arguments = {**_from_data(spec.network, shape), **spec.config}
+    cls = getattr(diffusers, spec.network)
+    allowed = list(inspect.signature(cls.__init__).parameters)[1:]
+    for name in arguments:
+        if name not in allowed:
+            near = did_you_mean(name, allowed)
+            raise UserError(f"student.new.config.{name}: {spec.network} takes no such argument{near}")
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            network = cls(**arguments)
+    except (TypeError, ValueError, LookupError, RuntimeError, ArithmeticError, AttributeError) as error:
+        raise UserError(f"student.new.config: {spec.network} refuses it: {_first(error)}") from error
+    return _zero_last_layer(network)
+
+
+def _from_data(network: str, shape: Shape) -> Mapping[str, Any]:
+    common = {"sample_size": shape.side, "in_channels": shape.channels, "out_channels": shape.channels}
+    if network == "DiTTransformer2DModel":
+        return {**common, "num_embeds_ada_norm": shape.classes or 1}
+    return {**common, "num_class_embeds": shape.classes + 1} if shape.classes else common
+
+
+def _zero_last_layer(network: nn.Module) -> nn.Module:
+    """Start at the zero prediction, as ADM and EDM do: the first steps then learn instead of undoing noise."""
+    last = getattr(network, "conv_out", None) or getattr(network, "proj_out_2", None)
+    if isinstance(last, nn.Conv2d | nn.Linear):
+        nn.init.zeros_(last.weight)
+        if last.bias is not None:
+            nn.init.zeros_(last.bias)
+    return network

@@ -1,0 +1,74 @@
+"""Who is trained, and whose weights follow: players and averages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Player:
+    """Parameters with an optimizer of their own, which move only at the turns that name the player."""
+
+    parameters: Mapping[str, nn.Parameter]
+
+    @staticmethod
+    def of(module: nn.Module) -> Player:
+        """All parameters of a module."""
+        return Player(dict(module.named_parameters()))
+
+    def require_grad(self, flag: bool) -> None:
+        """Let gradients flow into the parameters, or not."""
+        for parameter in self.parameters.values():
+            parameter.requires_grad_(flag)
+
+
+@dataclass
+class Average:
+    """An exponential moving average of a player's parameters, kept in float32.
+
+    Attributes:
+        source: the player that is followed.
+        decay: of the old average per update.
+        shadow: the averaged values, by parameter name: parameters of a target network, or tensors of its own.
+        warmup: start with the decay (1+n)/(10+n) at update n, so that early weights are forgotten sooner.
+        updates: how often the average moved.
+    """
+
+    source: Player
+    decay: float
+    shadow: Mapping[str, Tensor]
+    warmup: bool = True
+    updates: int = 0
+
+    @staticmethod
+    def of(source: Player, decay: float, warmup: bool = True) -> Average:
+        """An average with tensors of its own, starting at the player's present weights."""
+        shadow = {name: p.detach().float().clone() for name, p in source.parameters.items()}
+        return Average(source, decay, shadow, warmup)
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Shadow ← decay·shadow + (1 − decay)·source."""
+        early = (1 + self.updates) / (10 + self.updates)
+        decay = min(self.decay, early) if self.warmup else self.decay
+        shadow = [self.shadow[name] for name in self.source.parameters]
+        values = [p.detach().float() for p in self.source.parameters.values()]
+        torch._foreach_lerp_(shadow, values, 1 - decay)
+        self.updates += 1
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """Inside, the player's parameters hold the averaged values."""
+        kept = {name: p.data for name, p in self.source.parameters.items()}
+        for name, parameter in self.source.parameters.items():
+            parameter.data = self.shadow[name].to(parameter.dtype)
+        try:
+            yield
+        finally:
+            for name, parameter in self.source.parameters.items():
+                parameter.data = kept[name]

@@ -1,0 +1,142 @@
+"""From a config to everything training needs: one place builds, so that train, verify and export build alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+
+from fewstep import registry
+from fewstep.config import RunConfig
+from fewstep.data.batch import Batch
+from fewstep.data.loader import Loader
+from fewstep.data.samples import Unlabelled
+from fewstep.data.sources import Dataset, open_dataset
+from fewstep.diffusion.solvers import Denoiser
+from fewstep.errors import UserError
+from fewstep.models.compile import compile_network
+from fewstep.models.denoiser import NetworkDenoiser
+from fewstep.models.guidance import Guided
+from fewstep.models.load import Shape, load_denoiser, new_denoiser
+from fewstep.models.players import Average
+from fewstep.rng import Rng
+from fewstep.training.loop import TrainState
+from fewstep.training.method import Method, Setup
+from fewstep.training.optim import make_optimizers
+
+EMA = "ema"
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where a run starts: its data, its frozen teacher (None: learn from data), and the student's first weights."""
+
+    dataset: Dataset
+    teacher: Denoiser | None
+    student: NetworkDenoiser
+
+
+def open_sources(config: RunConfig, device: torch.device | str = "cpu") -> Sources:
+    """Data, teacher and student of a run's config.
+
+    Raises:
+        UserError: something is missing or does not fit together.
+    """
+    dataset = open_dataset(config.data.name, size=config.data.size, seed=config.run.seed, split="train",
+                           path=config.data.path, options=config.data.options)  # fmt: skip
+    teacher = load_denoiser(config.teacher.path, device) if config.teacher.path else None
+    student = _first_student(config, teacher, dataset, device)
+    for name, denoiser in (("teacher", teacher), ("student", student)):
+        if denoiser is not None:
+            _check_fit(name, denoiser, dataset)
+    return Sources(dataset if student.null is not None else Unlabelled(dataset), teacher, student)
+
+
+def _first_student(
+    config: RunConfig, teacher: NetworkDenoiser | None, dataset: Dataset, device: torch.device | str
+) -> NetworkDenoiser:
+    if config.student.new is not None:
+        channels, side = dataset.shape[0], dataset.shape[-1]
+        shape = Shape(channels, side, len(dataset.classes))
+        return new_denoiser(config.student.new, shape, config.run.seed).to(device)
+    if teacher is None:
+        raise UserError("teacher.path: missing; give a teacher, or student.new for a network from scratch")
+    if config.student.lora is None:
+        return teacher.copy()
+    with _seeded(config.run.seed):
+        return teacher.lora_view("student", config.student.lora)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Inside, torch's global stream starts at `seed`: new weights are the same in every process and every run."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def _check_fit(name: str, denoiser: NetworkDenoiser, dataset: Dataset) -> None:
+    channels = getattr(denoiser.network, "config", {}).get("in_channels")
+    if channels is not None and channels != dataset.shape[0]:
+        raise UserError(f"data.name: samples have {dataset.shape[0]} channels, the {name} takes {channels}")
+    if denoiser.null is None or denoiser.null.labels is None:
+        return
+    classes = int(denoiser.null.labels)
+    if len(dataset.classes) != classes:
+        raise UserError(
+            f"data.name: {len(dataset.classes)} classes in the data, {classes} in the {name}; they must agree"
+        )
+
+
+def build_method(config: RunConfig, sources: Sources) -> Method:
+    """The run's method around its sources, with the averaged student that is sampled and exported."""
+    cls = registry.get(config.method.name)
+    if cls.needs_teacher and sources.teacher is None:
+        raise UserError(f"teacher.path: missing; {config.method.name} distils a teacher")
+    guided = None
+    if sources.teacher is not None:
+        guided = Guided(sources.teacher, getattr(sources.teacher, "null", None), config.teacher.guidance)
+    setup = Setup(sources.student, sources.teacher, guided, config.student.steps, config.train.steps,
+                  _example(sources))  # fmt: skip
+    method = cls(config.method, setup)
+    method.averages = {**method.averages, EMA: Average.of(method.players["student"], config.train.ema)}
+    return method
+
+
+def _example(sources: Sources) -> Batch:
+    device = next(sources.student.network.parameters()).device
+    return next(iter(Loader(sources.dataset, 1, seed=0, rank=0, world=1))).to(device)
+
+
+def make_accelerator(config: RunConfig) -> Accelerator:
+    """Device, precision and processes, as `accelerate launch` or a plain start gives them."""
+    if config.train.threads is not None:
+        torch.set_num_threads(config.train.threads)
+    precision = "bf16" if config.train.precision == "bf16" else "no"
+    return Accelerator(mixed_precision=precision)
+
+
+def assemble(config: RunConfig, sources: Sources, accelerator: Accelerator) -> TrainState:
+    """The state at step 0.
+
+    Raises:
+        UserError: the batch does not divide over processes and micro-batches, or the method refuses its config.
+    """
+    world, accumulate = accelerator.num_processes, config.train.accumulate
+    micro, rest = divmod(config.data.batch_size, world * accumulate)
+    if rest or not micro:
+        raise UserError(f"data.batch_size: {config.data.batch_size} does not divide into {world} processes × "
+                        f"train.accumulate={accumulate}; give a multiple of {world * accumulate}")  # fmt: skip
+    with _seeded(config.run.seed):
+        method = build_method(config, sources)
+    # After the method is built: a compiled network would not see the taps that it adds.
+    held = {id(d.network): d for d in (sources.teacher, *vars(method).values()) if isinstance(d, NetworkDenoiser)}
+    for denoiser in held.values():
+        compile_network(denoiser, config.train.compile)
+    rank = accelerator.process_index
+    loader = Loader(sources.dataset, micro, seed=config.run.seed, rank=rank, world=world, workers=config.data.workers)
+    rng = Rng(config.run.seed, accelerator.device, rank, world)
+    return TrainState(config, method, make_optimizers(method.players, config.optim), loader, rng, accelerator)

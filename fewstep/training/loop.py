@@ -1,0 +1,99 @@
+"""The training loop: a generator that takes turns and yields a report a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from accelerate import Accelerator
+from torch import Tensor
+
+from fewstep.config import RunConfig
+from fewstep.data.batch import Batch
+from fewstep.data.loader import Loader
+from fewstep.rng import Rng
+from fewstep.training.method import Method, Terms, Turn
+from fewstep.training.optim import PlayerOptimizer, lr_factor
+
+
+@dataclass(frozen=True)
+class Report:
+    """One finished step. Tensors stay on the device: reading them is the caller's choice of when to wait.
+
+    Attributes:
+        step: steps done so far, this one included.
+        turn: the turn's name.
+        terms: its detached losses and figures.
+        gradient_norms: of each player that moved, before clipping.
+    """
+
+    step: int
+    turn: str
+    terms: Terms
+    gradient_norms: Mapping[str, Tensor]
+
+
+@dataclass
+class TrainState:
+    """All that training changes, and so all that a checkpoint holds.
+
+    Attributes:
+        config: the resolved run.
+        method: players and averages.
+        optimizers: by player.
+        loader: endless batches, with a position.
+        rng: the run's random stream.
+        accelerator: device, precision and processes.
+        step: steps done.
+    """
+
+    config: RunConfig
+    method: Method
+    optimizers: Mapping[str, PlayerOptimizer]
+    loader: Loader
+    rng: Rng
+    accelerator: Accelerator
+    step: int = 0
+    _batches: Iterator[Batch] | None = field(default=None, repr=False)
+
+    def next_batch(self) -> Batch:
+        """The next micro-batch, on the device."""
+        if self._batches is None:
+            self._batches = iter(self.loader)
+        return next(self._batches).to(self.accelerator.device)
+
+
+def train(state: TrainState) -> Iterator[Report]:
+    """Run the remaining steps: one turn each, over accumulated micro-batches."""
+    while state.step < state.config.train.steps:
+        turn = state.method.turn(state.step)
+        for name, optimizer in state.optimizers.items():
+            optimizer.player.require_grad(name in turn.trains)
+        terms = _accumulate(state, turn)
+        norms = _update(state, turn)
+        state.step += 1
+        yield Report(state.step, turn.name, terms, norms)
+
+
+def _accumulate(state: TrainState, turn: Turn) -> Terms:
+    """Gradients of the turn's loss, averaged over the step's micro-batches; the last one's terms."""
+    count = state.config.train.accumulate
+    terms = Terms({})
+    for _ in range(count):
+        batch = state.next_batch()
+        with state.accelerator.autocast():
+            terms = turn.loss(batch, state.rng)
+        (terms.total / count).backward()
+    return terms.detach()
+
+
+def _update(state: TrainState, turn: Turn) -> Mapping[str, Tensor]:
+    """Step the players of the turn, and the averages that follow them."""
+    optim = state.config.optim
+    factor = lr_factor(optim, state.step, state.config.train.steps)
+    norms = {name: state.optimizers[name].step(factor, optim.clip) for name in turn.trains}
+    moved = {id(state.method.players[name]) for name in turn.trains}
+    for average in state.method.averages.values():
+        if id(average.source) in moved:
+            average.update()
+    return norms

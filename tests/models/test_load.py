@@ -1,0 +1,185 @@
+"""Networks from pipeline folders and from scratch, and what may be wrong with them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMPipeline, DDIMScheduler
+from safetensors.torch import load_file, save_file
+
+from fewstep.config import NewNetwork
+from fewstep.diffusion.prediction import Kind
+from fewstep.diffusion.process import VP, Flow
+from fewstep.errors import UserError
+from fewstep.models.conditioning import Condition
+from fewstep.models.denoiser import NetworkDenoiser
+from fewstep.models.load import Shape, load_denoiser, new_denoiser, resolve
+from tests.tiny import alive, dit_pipeline, sd3_pipeline, sd15_pipeline, unet2d_classes
+
+SMALL = {
+    "block_out_channels": [8, 16],
+    "norm_num_groups": 4,
+    "layers_per_block": 1,
+    "down_block_types": ["DownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "UpBlock2D"],
+}
+DIGITS = Shape(1, 8, 10)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    network = alive(unet2d_classes(8, 4))
+    DDIMPipeline(network, DDIMScheduler(prediction_type="v_prediction")).save_pretrained(tmp_path / "teacher")
+    return tmp_path / "teacher"
+
+
+def test_a_saved_pipeline_s_network(folder):
+    found = load_denoiser(str(folder))
+    assert (type(found.network).__name__, found.kind) == ("UNet2DModel", Kind.V)
+    assert isinstance(found.process, VP)
+    x, t = torch.randn(2, 3, 8, 8), torch.tensor([10.0, 900.0])
+    expected = alive(unet2d_classes(8, 4))(x, t, class_labels=torch.tensor([0, 3])).sample
+    torch.testing.assert_close(found(x, t, Condition.of_labels(torch.tensor([0, 3]))).value, expected)
+    assert not found.network.training
+    assert {p.requires_grad for p in found.parameters().values()} == {False}
+
+
+@pytest.mark.parametrize(
+    ("build", "network", "process", "kind"),
+    [
+        (dit_pipeline, "DiTTransformer2DModel", VP, Kind.EPS),
+        (sd15_pipeline, "UNet2DConditionModel", VP, Kind.EPS),
+        (sd3_pipeline, "SD3Transformer2DModel", Flow, Kind.VELOCITY),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")  # of what diffusers thinks of a pipeline without its text encoders
+def test_every_family_s_pipeline(tmp_path, build, network, process, kind):
+    build().save_pretrained(tmp_path)
+    found = load_denoiser(str(tmp_path))
+    assert (type(found.network).__name__, type(found.process), found.kind) == (network, process, kind)
+    assert {p.dtype for p in found.parameters().values()} == {torch.float32}
+
+
+def rewrite(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def damage(folder: Path, what: str) -> None:
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    match what:
+        case "no index":
+            (folder / "model_index.json").unlink()
+        case "index torn":
+            (folder / "model_index.json").write_text("{")
+        case "no network":
+            rewrite(folder / "model_index.json", unet=["diffusers", "AutoencoderKL"])
+        case "no scheduler":
+            (folder / "scheduler" / "scheduler_config.json").unlink()
+        case "unknown class":
+            rewrite(folder / "unet" / "config.json", _class_name="UNet2DModell")
+        case "no config":
+            (folder / "unet" / "config.json").unlink()
+        case "zero terminal snr":
+            scheduler = folder / "scheduler" / "scheduler_config.json"
+            rewrite(scheduler, rescale_betas_zero_snr=True, prediction_type="epsilon")
+        case "weights cut short":
+            weights.write_bytes(weights.read_bytes()[:1000])
+        case "weights gone":
+            weights.unlink()
+        case "a weight missing":
+            tensors = load_file(weights)
+            del tensors["conv_in.weight"]
+            save_file(tensors, weights)
+        case "a weight too large":
+            save_file({**load_file(weights), "conv_in.weight": torch.zeros(9, 3, 3, 3)}, weights)
+
+
+DAMAGE = [
+    ("no index", "no model_index.json; a diffusers pipeline folder is needed"),
+    ("index torn", "model_index.json: not JSON"),
+    ("no network", "one network of UNet2DModel, .* is needed; its components are scheduler: DDIMScheduler, unet: Auto"),
+    ("no scheduler", "scheduler: no scheduler_config.json"),
+    ("unknown class", "network 'UNet2DModell' is not known; did you mean 'UNet2DModel'?"),
+    ("no config", "unet: no config.json"),
+    ("zero terminal snr", "leaves x̂_0 undefined at pure noise"),
+    ("weights cut short", "unet: the weights cannot be read"),
+    ("weights gone", "unet: the weights cannot be read"),
+    ("a weight missing", "unet: the weights cannot be read"),
+    ("a weight too large", "unet: the weights cannot be read"),
+]
+
+
+@pytest.mark.parametrize(("what", "told"), DAMAGE)
+def test_damage_is_one_line(folder, what, told):
+    damage(folder, what)
+    with pytest.raises(UserError, match=told) as caught:
+        load_denoiser(str(folder))
+    assert "\n" not in str(caught.value)
+
+
+def test_paths_that_lead_nowhere(folder):
+    assert resolve(str(folder)) == folder
+    with pytest.raises(UserError, match=r"teacher.path: no folder or embedded teacher '/no/such'"):
+        resolve("/no/such")
+    with pytest.raises(UserError, match=r"teacher.path: 'nobody/nothing' is no folder, and the hub did not give it: ") as e:
+        resolve("nobody/nothing")
+    assert "\n" not in str(e.value)
+
+
+def new(shape: Shape = DIGITS, seed: int = 0, **spec: object) -> NetworkDenoiser:
+    return new_denoiser(NewNetwork.model_validate({"config": SMALL, **spec}), shape, seed)
+
+
+def test_from_scratch_it_predicts_zero_and_fits_the_data():
+    made = new()
+    x = torch.randn(2, 1, 8, 8)
+    said = made(x, torch.tensor([0.0, 999.0]), Condition.of_labels(torch.tensor([0, 10])))
+    assert not said.value.any()
+    assert made.network.config["num_class_embeds"] == 11
+    assert isinstance(made.process, VP)
+    assert float(made.process.alphas_cumprod[500]) == pytest.approx(0.494, abs=0.01), "cosine"
+    assert made.kind is Kind.V
+
+
+def test_its_weights_come_from_the_seed_alone():
+    one, torch_moved, other = new(seed=3), (torch.randn(5), new(seed=3))[1], new(seed=4)
+    same = [torch.equal(a, b) for a, b in zip(one.parameters().values(), torch_moved.parameters().values(), strict=True)]
+    assert all(same)
+    assert not torch.equal(one.parameters()["conv_in.weight"], other.parameters()["conv_in.weight"])
+
+
+def test_flow_from_scratch():
+    made = new(process="flow", shift=3.0, prediction="velocity", shape=Shape(3, 8, 0))
+    assert made.process == Flow(3.0)
+    assert made.kind is Kind.VELOCITY
+    assert made.null is None
+
+
+def test_a_new_dit():
+    config = {"num_layers": 1, "num_attention_heads": 2, "attention_head_dim": 8, "patch_size": 2}
+    made = new(network="DiTTransformer2DModel", config=config)
+    said = made(torch.randn(2, 1, 8, 8), torch.tensor([1.0, 2.0]), Condition.of_labels(torch.tensor([0, 10])))
+    assert said.value.shape == (2, 1, 8, 8)
+    assert not said.value.any()
+
+
+REFUSED = [
+    ({"network": "UNet2DModell"}, r"student.new.network: 'UNet2DModell' is not one of .*; did you mean 'UNet2DModel'\?"),
+    ({"network": "VectorNetwork"}, r"student.new.network: 'VectorNetwork' is not one of"),
+    ({"network": "SD3Transformer2DModel"}, r"student.new.network: 'SD3Transformer2DModel' is not one of"),
+    ({"config": {**SMALL, "layer_per_block": 1}}, r"config.layer_per_block: .* did you mean 'layers_per_block'\?"),
+    ({"config": {"norm_num_groups": 7}}, r"student.new.config: UNet2DModel refuses it: "),
+    ({"config": {"norm_num_groups": 0}}, r"student.new.config: UNet2DModel refuses it: "),
+    ({"config": {"block_out_channels": 8}}, r"student.new.config: UNet2DModel refuses it: "),
+    ({"config": {"down_block_types": ["Nonsense"]}}, r"student.new.config: UNet2DModel refuses it: "),
+]
+
+
+@pytest.mark.parametrize(("spec", "told"), REFUSED)
+def test_a_network_that_cannot_be(spec, told):
+    with pytest.raises(UserError, match=told) as caught:
+        new(**spec)
+    assert "\n" not in str(caught.value)
