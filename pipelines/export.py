@@ -22,7 +22,7 @@ from fewstep.training.finished import load_run
 from .card import CardFacts, card, license_of
 from .check import check
 from .manifest import Manifest, is_export, write_manifest
-from .merge import plain_network
+from .merge import plain_network, round_weights, store_weights_as
 from .recipes import Recipe, recipe_of
 from .schedulers import Contract, contract_of
 
@@ -76,7 +76,7 @@ def export_run(
         metrics=metrics or {},
         license=license_of(folder),
     )
-    finished.student.network.to(dtype).float()
+    round_weights(finished.student.network, dtype)
     export_student(finished.student, finished.sampler, folder, out, facts, dtype)
     return check(out, finished.student, finished.sampler) if verify else None
 
@@ -175,7 +175,8 @@ def _write(folder: Path, plan: _Plan, student: NetworkDenoiser, dtype: torch.dty
     """All components and the index; the names of those the pipeline wants and the teacher's folder lacks."""
     import diffusers
 
-    network: Any = plain_network(student).to(dtype)
+    network: Any = plain_network(student)
+    store_weights_as(network, dtype)
     network.save_pretrained(folder / student.family.component, safe_serialization=True)
     plan.contract.scheduler.save_pretrained(folder / "scheduler")
     own = {

@@ -28,3 +28,15 @@ def plain_network(student: NetworkDenoiser) -> nn.Module:
     network.requires_grad_(False)
     # Files hold tensors row by row, whatever order the convolutions were trained in.
     return network.to(memory_format=torch.contiguous_format)  # pyright: ignore[reportCallIssue]
+
+
+def store_weights_as(network: nn.Module, dtype: torch.dtype) -> None:
+    """Give the network's parameters another dtype, in place, for a file."""
+    for parameter in network.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def round_weights(network: nn.Module, dtype: torch.dtype) -> None:
+    """Round the network's parameters to what a file in `dtype` will hold; they keep their own dtype."""
+    for parameter in network.parameters():
+        parameter.data = parameter.data.to(dtype).to(parameter.dtype)

@@ -41,8 +41,8 @@ def with_guidance_input(denoiser: NetworkDenoiser) -> NetworkDenoiser:
     assert isinstance(projection, nn.Linear)
     nn.init.zeros_(projection.weight)
     network.load_state_dict({**denoiser.network.state_dict(), "time_embedding.cond_proj.weight": projection.weight})
-    network.to(next(denoiser.network.parameters()).device)
-    return replace(denoiser, network=freeze(network), adapters=Adapters(network))
+    moved = replace(denoiser, network=freeze(network), adapters=Adapters(network))
+    return moved.to(next(denoiser.network.parameters()).device)
 
 
 def with_guidance(condition: Condition, scale: Tensor, denoiser: NetworkDenoiser) -> Condition:
@@ -50,8 +50,11 @@ def with_guidance(condition: Condition, scale: Tensor, denoiser: NetworkDenoiser
 
     diffusers' pipelines embed w = s − 1 as sines and cosines of 1000·w; in float32, where neighbouring scales differ.
     """
-    width = denoiser.network.get_submodule("time_embedding.cond_proj").weight.shape[1]
-    return Condition({**condition.batched, KEY: _embedding(scale.float() - 1, width)}, condition.shared)
+    projection = denoiser.network.get_submodule("time_embedding.cond_proj")
+    assert isinstance(projection, nn.Linear)
+    return Condition(
+        {**condition.batched, KEY: _embedding(scale.float() - 1, projection.in_features)}, condition.shared
+    )
 
 
 def _embedding(w: Tensor, width: int) -> Tensor:

@@ -126,11 +126,15 @@ def _load_network(folder: Path, component: str) -> nn.Module:
     if not any((folder / component).glob("*.safetensors")):
         raise UserError(f"{folder / component}: no *.safetensors; the weights cannot be read from another format")
     try:
-        return getattr(diffusers, name).from_pretrained(
+        network = getattr(diffusers, name).from_pretrained(
             folder / component, torch_dtype=torch.float32, use_safetensors=True
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise UserError(f"{folder / component}: the weights cannot be read: {_first(error)}") from error
+    missing = [key for key, value in network.state_dict().items() if value.is_meta]
+    if missing:  # diffusers only warns
+        raise UserError(f"{folder / component}: the weights cannot be read: {missing[0]} is missing")
+    return network
 
 
 def new_denoiser(spec: NewNetwork, shape: Shape, seed: int) -> NetworkDenoiser:

@@ -36,12 +36,15 @@ class Adapters:
         from peft import LoraConfig, inject_adapter_in_model
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        self._network.requires_grad_(False)
+        there = self._flags()
         linear = [n for n, m in self._network.named_modules() if isinstance(m, nn.Linear) and "lora_" not in n]
         targets = sorted({n.removesuffix(".base_layer") for n in linear})
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Already found a `peft_config`")  # more than one is what this is for
             inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets), self._network, name)
+        self._network.requires_grad_(False)
+        for parameter, flag in [*there, *((p, True) for p in self.parameters(name).values())]:
+            parameter.requires_grad_(flag)
         self._layers = [m for m in self._network.modules() if isinstance(m, BaseTunerLayer)]
         self._ranks[name], self._active = rank, ""
         self.activate(name)
@@ -56,7 +59,7 @@ class Adapters:
             return
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        flags = [(p, p.requires_grad) for n, p in self._network.named_parameters() if ".lora_" in n]
+        flags = self._flags()
         for layer in self._layers:
             assert isinstance(layer, BaseTunerLayer)
             layer.enable_adapters(name != BASE)
@@ -65,3 +68,7 @@ class Adapters:
         for parameter, flag in flags:
             parameter.requires_grad_(flag)
         self._active = name
+
+    def _flags(self) -> list[tuple[nn.Parameter, bool]]:
+        """The adapters' parameters, and whether gradients flow into each."""
+        return [(p, p.requires_grad) for n, p in self._network.named_parameters() if ".lora_" in n]

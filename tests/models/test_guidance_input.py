@@ -40,7 +40,7 @@ def test_the_student_starts_as_its_teacher(teacher, scale):
 
 def test_once_trained_it_hears_the_scale(teacher):
     student = with_guidance_input(teacher)
-    torch.nn.init.normal_(student.network.get_submodule("time_embedding.cond_proj").weight, std=0.1)
+    torch.nn.init.normal_(student.parameters()["time_embedding.cond_proj.weight"], std=0.1)
     x = torch.randn(1, 4, 8, 8).expand(2, -1, -1, -1)
     text = TEXT.rows(slice(0, 1)).expand(2)
     said = student(x, T[:1].expand(2), with_guidance(text, torch.tensor([2.0, 9.0]), student)).value
@@ -58,8 +58,7 @@ def test_the_embedding_is_diffusers(teacher):
 
 
 def test_a_network_that_has_the_input_keeps_it():
-    config = {**unet_sd15(8).config, "time_cond_proj_dim": 32}
-    network = UNet2DConditionModel.from_config(config)
+    network = UNet2DConditionModel.from_config(dict(unet_sd15(8).config), time_cond_proj_dim=32)
     assert isinstance(network, UNet2DConditionModel)
     denoiser = make_denoiser(network, Schedule(Flow(), Kind.VELOCITY))
     assert with_guidance_input(denoiser) is denoiser

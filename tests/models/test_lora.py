@@ -39,6 +39,7 @@ def shake(view: NetworkDenoiser) -> None:
             parameter.add_(0.1 * torch.randn_like(parameter))
 
 
+@torch.no_grad()
 def test_the_teacher_is_unchanged_bit_for_bit(teacher, x):
     before = teacher(x, T, LABELS).value
     student, fake = teacher.lora_view("student", 2), teacher.lora_view("fake_score", 3)

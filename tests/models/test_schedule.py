@@ -48,7 +48,9 @@ def test_a_table_of_its_own():
     betas = [0.1, 0.2, 0.3]
     found = schedule_of({"_class_name": "DDPMScheduler", "trained_betas": betas, "num_train_timesteps": 3})
     assert isinstance(found.process, VP)
-    torch.testing.assert_close(found.process.alphas_cumprod, torch.tensor([0.9, 0.72, 0.504]).double(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        found.process.alphas_cumprod, torch.tensor([0.9, 0.72, 0.504]).double(), rtol=1e-6, atol=0
+    )
 
 
 def test_zero_terminal_snr_with_v_prediction():

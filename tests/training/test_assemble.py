@@ -120,7 +120,7 @@ def test_opened_sources_do_not_depend_on_what_was_drawn_before(tmp_path, lora):
 
 def test_a_network_from_scratch_fits_its_data():
     start = open_sources(config(METHODS["pretrain"], data={"name": "digits"}, student={"new": NEW}))
-    made = start.student.network.config
+    made: Any = start.student.network.config
     assert (made["in_channels"], made["sample_size"], made["num_class_embeds"]) == (1, 8, 11)
     assert start.teacher is None
     assert start.student.null is not None
@@ -142,7 +142,7 @@ def test_what_must_fit():
     _check_fit("teacher", student, mixture)
     with pytest.raises(UserError, match=r"data.name: 0 classes in the data, 5 in the teacher; they must agree"):
         _check_fit("teacher", student, MixtureSet(five_modes(labelled=False)))
-    student.network.config = {"in_channels": 4}  # pyright: ignore[reportAttributeAccessIssue]
+    student.network.config = {"in_channels": 4}  # pyright: ignore[reportArgumentType]
     with pytest.raises(UserError, match=r"data.name: samples have 2 channels, the student takes 4"):
         _check_fit("student", student, mixture)
 

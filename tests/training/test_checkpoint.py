@@ -137,7 +137,10 @@ def test_damage_is_one_line(tmp_path, what):
         ({"optim": {"lr": 0.5}}, "optim.lr was 0.01, is 0.5"),
         ({"run": {"seed": 4}}, "run.seed was 0, is 4"),
         ({"train": {"ema": 0.5}}, "train.ema was 0.9, is 0.5"),
-        ({"data": {"batch_size": 4}, "student": {"steps": 2}}, "data.batch_size was 8, is 4; student.steps was 1, is 2"),
+        (
+            {"data": {"batch_size": 4}, "student": {"steps": 2}},
+            "data.batch_size was 8, is 4; student.steps was 1, is 2",
+        ),
     ],
 )
 def test_another_config_is_refused_by_name(tmp_path, sections, told):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ from diffusers import DDIMPipeline, DDIMScheduler
 
 from fewstep.commands.train import logged
 from fewstep.config import RunConfig
+from fewstep.data.samples import Samples
 from fewstep.models.load import load_denoiser
 from fewstep.training import checkpoint
 from fewstep.training.assemble import Sources
@@ -73,7 +73,7 @@ def test_images_resume_bit_identically_in_their_memory_format(tmp_path):
 
         def batch(self, indices):
             vectors = mixture.batch(indices)
-            return replace(vectors, images=vectors.images.repeat(1, 32).reshape(-1, 1, 8, 8))
+            return Samples(vectors.images.repeat(1, 32).reshape(-1, 1, 8, 8), vectors.labels)
 
     def start() -> Sources:
         teacher = load_denoiser(str(tmp_path / "teacher"))
