@@ -23,6 +23,7 @@ app = typer.Typer(
 
 Json = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")]
 Dtype = Literal["float32", "bfloat16", "float16"]
+GUIDANCE = "Scale of a teacher, or of a student that takes one; left out: off, or the middle of the student's range."
 Seed = Annotated[int, typer.Option(min=0, help="Seed of every random draw.")]
 
 
@@ -86,7 +87,7 @@ def sample(
     steps: Annotated[list[int] | None, typer.Option(min=1, help="Step counts, one row each.")] = None,
     classes: Annotated[list[str] | None, typer.Option(help="Class names or indices, one column each.")] = None,
     seed: Seed = 0,
-    guidance: Annotated[float | None, typer.Option(min=0, help="A teacher's guidance scale.")] = None,
+    guidance: Annotated[float | None, typer.Option(min=0, help=GUIDANCE)] = None,
 ) -> None:
     """Make a grid of samples."""
     from fewstep.commands.sample import run
@@ -101,7 +102,7 @@ def evaluate(
     features: Annotated[str, typer.Option(help="classifier, or efficientnet-lite0 when installed.")] = "classifier",
     samples: Annotated[int, typer.Option(min=2, help="Images on each side.")] = 1000,
     steps: Annotated[int | None, typer.Option(min=1, help="Step count; a run's own where left out.")] = None,
-    guidance: Annotated[float | None, typer.Option(min=0, help="A teacher's guidance scale.")] = None,
+    guidance: Annotated[float | None, typer.Option(min=0, help=GUIDANCE)] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time; no figure depends on it.")] = 100,
     seed: Seed = 0,
     json: Json = None,

@@ -69,13 +69,18 @@ class Student(Section):
     """Network evaluations per sample."""
     lora: int | None = Field(default=None, ge=1)
     """Rank of a LoRA on the teacher's frozen weights; None trains all weights of a copy."""
+    path: str | None = None
+    """A pipeline folder, such as the export of an earlier student, to start from; None starts from the teacher."""
     new: NewNetwork | None = None
-    """A network from scratch; None starts from the teacher's weights."""
+    """A network from scratch; None starts from given weights."""
 
     @model_validator(mode="after")
     def _lora_on_a_teacher(self) -> Self:
         if self.lora is not None and self.new is not None:
             raise mistake_at("lora", "needs the teacher's weights, but student.new is given too; leave one of them out")
+        if self.path is not None and (self.new is not None or self.lora is not None):
+            other = "new" if self.new is not None else "lora"
+            raise mistake_at("path", f"given, and student.{other} too; a student starts from one of them")
         return self
 
 

@@ -16,6 +16,7 @@ from fewstep import __version__, registry
 from fewstep.diffusion.solvers import Sampler
 from fewstep.errors import UserError
 from fewstep.models.denoiser import NetworkDenoiser
+from fewstep.models.guidance_input import middle
 from fewstep.models.load import resolve
 from fewstep.training.finished import load_run
 
@@ -126,7 +127,7 @@ def _manifest(
         pipeline=plan.recipe.pipeline,
         call=plan.call,
         sampler=sampler,
-        guidance=facts.guidance,
+        guidance=_scale(student).get("guidance_scale", facts.guidance),
         labelled=student.null is not None and student.null.labels is not None,
         classes=facts.classes,
         missing=missing,
@@ -161,7 +162,12 @@ def _plan(student: NetworkDenoiser, sampler: Sampler, teacher_folder: Path | Non
     recipe = recipe_of(student, index.get("_class_name"))
     config = _read(teacher_folder / "scheduler" / "scheduler_config.json") if teacher_folder else {}
     contract = contract_of(student.process, student.kind, sampler, config)
-    return _Plan(recipe, contract, recipe.call(contract), teacher_folder, index)
+    return _Plan(recipe, contract, {**recipe.call(contract), **_scale(student)}, teacher_folder, index)
+
+
+def _scale(student: NetworkDenoiser) -> dict[str, float]:
+    """The guidance scale that the pipeline is told, where the student takes one."""
+    return {} if student.guidance_range is None else {"guidance_scale": middle(student.guidance_range)}
 
 
 def _read(path: Path) -> dict[str, Any]:

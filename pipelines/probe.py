@@ -66,7 +66,8 @@ def probe_of(student: NetworkDenoiser, recipe: Recipe, call: Mapping[str, Any], 
     generator = torch.Generator().manual_seed(seed)
     before = generator.get_state()
     noise = torch.randn(batch, channels, side, side, generator=generator)
-    told = _told(student, batch, torch.Generator().manual_seed(seed + 1))
+    scale = torch.full((batch,), float(call.get("guidance_scale", 1.0)))
+    told = _told(student, scale, torch.Generator().manual_seed(seed + 1))
     # ConsistencyModelPipeline refuses latents of any but three channels.
     given = recipe.latents and (recipe.pipeline != "ConsistencyModelPipeline" or channels == 3)
     after = generator.get_state()
@@ -76,15 +77,16 @@ def probe_of(student: NetworkDenoiser, recipe: Recipe, call: Mapping[str, Any], 
     return Probe(noise, told.condition, tensors, words, after if given else before, after)
 
 
-def _told(student: NetworkDenoiser, batch: int, generator: torch.Generator) -> _Told:
-    """The condition: first classes, made-up text embeddings, or nothing."""
+def _told(student: NetworkDenoiser, scale: Tensor, generator: torch.Generator) -> _Told:
+    """The condition: first classes, made-up text embeddings, or nothing; the scale `(B,)` where there is an input."""
+    batch = len(scale)
     config: Any = getattr(student.network, "config", {})
     match type(student.network).__name__:
         case "UNet2DConditionModel":
             text = torch.randn(batch, TOKENS, config["cross_attention_dim"], generator=generator)
             condition = Condition({"encoder_hidden_states": text})
             if config["time_cond_proj_dim"] is not None:
-                condition = with_guidance(condition, torch.ones(batch), student)
+                condition = with_guidance(condition, scale, student)
             return _Told(condition, {"prompt_embeds": text}, {})
         case "SD3Transformer2DModel":
             text = torch.randn(batch, TOKENS, config["joint_attention_dim"], generator=generator)

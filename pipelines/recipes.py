@@ -97,6 +97,7 @@ def recipe_of(student: NetworkDenoiser, teacher_pipeline: str | None) -> Recipe:
     Raises:
         UserError: there is no such pipeline, or fewstep does not know how it is called.
     """
+    _refuse_graft(student)
     if type(student.network).__name__ == "UNet2DModel":
         return _for_pixels(student)
     if teacher_pipeline is None:
@@ -106,6 +107,15 @@ def recipe_of(student: NetworkDenoiser, teacher_pipeline: str | None) -> Recipe:
     if teacher_pipeline not in RECIPES:
         raise UserError(f"export: {teacher_pipeline} is not known; {', '.join(RECIPES)} are")
     return RECIPES[teacher_pipeline]
+
+
+def _refuse_graft(student: NetworkDenoiser) -> None:
+    if student.graft.names:
+        inputs = ", ".join(student.graft.names)
+        raise UserError(
+            f"export: {type(student.network).__name__} was given an input ({inputs}) that no stock pipeline feeds, so "
+            "it cannot leave; only UNet2DConditionModel has one for the guidance scale"
+        )
 
 
 def _for_pixels(student: NetworkDenoiser) -> Recipe:

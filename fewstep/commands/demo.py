@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -46,7 +46,7 @@ class Size:
     real_images: int
 
 
-FULL, QUICK = Size(1.0, 500, 2000), Size(0.06, 100, 500)
+FULL, QUICK = Size(1.0, 400, 1000), Size(0.04, 80, 200)
 
 
 @dataclass(frozen=True)
@@ -67,42 +67,57 @@ class Start:
 
 
 def run(out: Path, seed: int, quick: bool) -> None:
-    """Distil, sample, score, draw and export into `out`."""
+    """Distil, export, sample, score and draw into `out`."""
     clock, size = time.perf_counter(), QUICK if quick else FULL
     _writable(out)
-    states = {name: _distil(name, out, seed, size) for name in ("dmd2", "consistency")}
+    students = {"consistency": _distil("consistency", out, seed, size)}
+    students["dmd2"] = _distil("dmd2", out, seed, size, [f"student.path={students['consistency'].export}"])
     typer.echo("sampling teacher and students from the same noise")
     begin = _start(size.images, seed)
     teacher = load_denoiser(TEACHER)
     taught = {steps: _make(teacher, Sampler.of(teacher.process, steps, "ddim"), begin) for steps in TEACHER_STEPS}
-    learnt = {name: _make_student(state, begin) for name, state in states.items()}
-    scores = _Scoring(size, seed)
+    learnt = {name: _make_student(students[name].state, begin) for name in ("dmd2", "consistency")}
+    scoring = _Scoring(size, seed)
     report = {
-        "teacher": {str(steps): scores(made, begin) for steps, made in taught.items()},
-        "students": {name: {str(states[name].config.student.steps): scores(learnt[name], begin)} for name in learnt},
-        "seconds": 0.0,
+        "teacher": {str(steps): scoring(made, begin) for steps, made in taught.items()},
+        "students": {name: {str(students[name].steps): scoring(learnt[name], begin)} for name in learnt},
+        "seconds": round(time.perf_counter() - clock, 1),
         "seed": seed,
         "quick": quick,
         "versions": {name: version(name) for name in ("torch", "diffusers", "accelerate")} | {"fewstep": __version__},
     }
-    _picture(out / "grid.png", taught, {name: (states[name], learnt[name]) for name in learnt}, begin, quick)
-    exports = {name: _export(name, states[name], out, report) for name in states}
-    report["seconds"] = round(time.perf_counter() - clock, 1)
+    _picture(out / "grid.png", taught, {_title(name, students[name].steps, quick): learnt[name] for name in learnt})
     write_json(out / "report.json", report)
-    _tell(out, report, exports)
+    _tell(out, report, students["dmd2"].export)
 
 
-def _distil(name: str, out: Path, seed: int, size: Size) -> TrainState:
-    """Train one student, going on where an interrupted demo stopped."""
+@dataclass(frozen=True)
+class Distilled:
+    """A trained student, and the pipeline folder it left as."""
+
+    state: TrainState
+    export: Path
+
+    @property
+    def steps(self) -> int:
+        """Its network evaluations per sample."""
+        return self.state.config.student.steps
+
+
+def _distil(name: str, out: Path, seed: int, size: Size, overrides: Sequence[str] = ()) -> Distilled:
+    """Train and export one student, going on where an interrupted demo stopped."""
     path = find(Path(f"demo/{name}"))
-    steps = max(6, round(load(path).train.steps * size.share_of_steps))
+    steps = max(6, round(load(path, overrides).train.steps * size.share_of_steps))
     folder = out / "runs" / f"{name}-seed{seed}{'' if size is FULL else '-quick'}"
-    config = load(path, [f"run.dir={folder}", f"run.seed={seed}", f"train.steps={steps}"])
+    config = load(path, [f"run.dir={folder}", f"run.seed={seed}", f"train.steps={steps}", *overrides])
     typer.echo(f"{name}: distilling a {config.student.steps}-step student, {steps} optimizer steps")
     state = start(config)
     for _ in logged(state):
         pass
-    return state
+    export = out / "export" / name
+    difference = export_run(folder, export)
+    typer.echo(f"{export}: reloaded without fewstep, samples differ by at most {difference:.1e}")
+    return Distilled(state, export)
 
 
 def _start(images: int, seed: int) -> Start:
@@ -150,32 +165,20 @@ class _Scoring:
         return out
 
 
-def _picture(
-    path: Path, taught: Mapping[int, Made], learnt: Mapping[str, tuple[TrainState, Made]], begin: Start, quick: bool
-) -> None:
+def _picture(path: Path, taught: Mapping[int, Made], learnt: Mapping[str, Made]) -> None:
     """One row a sampler, one column a class, the same noise in each column."""
     classes = emoji32().classes
     chosen = [classes.index(name) for name in SHOWN]
-    rows, titles = [], []
-    for steps, made in taught.items():
-        rows.append(made.images[chosen])
-        titles.append(f"teacher, {steps} step{'s' * (steps > 1)}")
-    for name, (state, made) in learnt.items():
-        steps = state.config.student.steps
-        rows.append(made.images[chosen])
-        titles.append(f"{name}, {steps} step{'s' * (steps > 1)}" + ("\nquick run" if quick else ""))
-    save_grid(path, rows, titles, [classes[i] for i in chosen])
+    rows = {f"teacher, {steps} step{'s' * (steps > 1)}": made for steps, made in taught.items()} | dict(learnt)
+    columns = [classes[i].replace(" ", "\n") for i in chosen]
+    save_grid(path, [made.images[chosen] for made in rows.values()], list(rows), columns)
 
 
-def _export(name: str, state: TrainState, out: Path, report: Mapping[str, Any]) -> Path:
-    folder = out / "export" / name
-    metrics = next(iter(report["students"][name].values()))
-    difference = export_run(state.config.run.dir, folder, metrics=metrics)
-    typer.echo(f"{folder}: reloaded without fewstep, largest difference of a pixel {difference:.1e}")
-    return folder
+def _title(name: str, steps: int, quick: bool) -> str:
+    return f"{name}, {steps} step{'s' * (steps > 1)}" + ("\nquick run: not trained to its end" if quick else "")
 
 
-def _tell(out: Path, report: Mapping[str, Any], exports: Mapping[str, Path]) -> None:
+def _tell(out: Path, report: Mapping[str, Any], export: Path) -> None:
     typer.echo(f"\n{'':<24}{'FD':>8}{'KID':>9}{'accuracy':>10}")
     rows = {f"teacher {steps} steps": scores for steps, scores in report["teacher"].items()}
     for name, by_steps in report["students"].items():
@@ -185,7 +188,7 @@ def _tell(out: Path, report: Mapping[str, Any], exports: Mapping[str, Path]) -> 
     if report["quick"]:
         typer.echo("a quick run: too short for good students; run without --quick for the real figures")
     typer.echo(f"\n{out / 'grid.png'}, {out / 'report.json'}, {report['seconds']:.0f} s. In plain diffusers:")
-    typer.echo(f'  pipe = diffusers.DiffusionPipeline.from_pretrained("{exports["dmd2"]}")')
+    typer.echo(f'  pipe = diffusers.DiffusionPipeline.from_pretrained("{export}")')
     typer.echo("  pipe(class_labels=[3], num_inference_steps=1).images[0]")
 
 

@@ -9,6 +9,7 @@ import torch
 from fewstep.diffusion.solvers import sample
 from fewstep.evaluation.grid import save_grid
 from fewstep.models.conditioning import Condition
+from fewstep.models.guidance_input import at_scale
 from fewstep.training.assemble import EMA
 from fewstep.training.finished import sampler_of
 from fewstep.training.loop import TrainState
@@ -29,6 +30,7 @@ def sample_grid(state: TrainState, path: Path, rows: int = 4) -> None:
         count = int(student.null.labels)
         condition = Condition.of_labels((torch.arange(len(noise)) % count).to(noise.device))
     with state.method.averages[EMA].swapped(), state.accelerator.autocast():
-        images = sample(student, sampler, noise, condition, torch.Generator(noise.device).manual_seed(config.run.seed))
+        fresh = torch.Generator(noise.device).manual_seed(config.run.seed)
+        images = sample(at_scale(student), sampler, noise, condition, fresh)
     path.parent.mkdir(parents=True, exist_ok=True)
     save_grid(path, list(images.float().cpu().chunk(rows)), [""] * rows, [""] * COLUMNS)

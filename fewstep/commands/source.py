@@ -14,6 +14,7 @@ from fewstep.errors import UserError, did_you_mean
 from fewstep.models.conditioning import Condition
 from fewstep.models.denoiser import NetworkDenoiser
 from fewstep.models.guidance import Guided
+from fewstep.models.guidance_input import at_scale
 from fewstep.models.load import load_denoiser, resolve
 from fewstep.pipelines.manifest import Manifest, is_export, read_manifest
 from fewstep.training.finished import SOLVER_STEPS, load_run
@@ -78,10 +79,11 @@ def open_source(name: str, guidance: float | None = None) -> Source:
 
     Args:
         name: a run's folder, an export's, an embedded teacher, or a diffusers pipeline's folder or hub name.
-        guidance: scale for a teacher or a run that trained one; None: what its folder states, or 1.
+        guidance: scale for a teacher or a run that trained one, or one that a student was trained to take; None: what
+            its folder states, the middle of the student's range, or 1.
 
     Raises:
-        UserError: it is none of these, samples are no pictures, or guidance is given for a few-step student.
+        UserError: it is none of these, samples are no pictures, or the guidance is none that a student takes.
     """
     folder = Path(name)
     if (folder / "config.json").is_file() and not (folder / "model_index.json").is_file():
@@ -103,13 +105,17 @@ def _few_step(manifest: Manifest) -> bool:
 def _source(
     denoiser: NetworkDenoiser, sampler: Sampler, classes: tuple[str, ...], few_step: bool, guidance: float | None
 ) -> Source:
-    if few_step and guidance not in (None, 1.0):
-        raise UserError(f"guidance: {guidance} given; a few-step student has it built in and takes 1 only")
     null = denoiser.null
     count = 0 if null is None or null.labels is None else int(null.labels)
-    scale = 1.0 if guidance is None else guidance
-    guided = Guided(denoiser, null, scale)
-    return Source(guided, sampler, _picture_shape(denoiser), count, classes, few_step)
+    return Source(_guided(denoiser, few_step, guidance), sampler, _picture_shape(denoiser), count, classes, few_step)
+
+
+def _guided(denoiser: NetworkDenoiser, few_step: bool, guidance: float | None) -> Denoiser:
+    if denoiser.guidance_range is not None:
+        return at_scale(denoiser, guidance)
+    if few_step and guidance not in (None, 1.0):
+        raise UserError(f"guidance: {guidance} given; a few-step student has it built in and takes 1 only")
+    return Guided(denoiser, denoiser.null, 1.0 if guidance is None else guidance)
 
 
 def _picture_shape(denoiser: NetworkDenoiser) -> tuple[int, int, int]:

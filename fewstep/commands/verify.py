@@ -25,6 +25,7 @@ from fewstep.diffusion.solvers import Denoiser, Sampler, sample
 from fewstep.evaluation.metrics import energy_distance
 from fewstep.models.conditioning import Condition
 from fewstep.models.denoiser import NetworkDenoiser
+from fewstep.models.guidance_input import at_scale
 from fewstep.models.load import make_denoiser
 from fewstep.models.schedule import Schedule
 from fewstep.models.vector_network import VectorConfig, VectorNetwork
@@ -131,7 +132,7 @@ def draw(state: TrainState, mixture: GaussianMixture, teacher: Denoiser, steps: 
     student, method = state.method.student, state.method
     with method.averages[EMA].swapped():
         sampler = method.sampler(state.config.method, student.process, steps)
-        made = sample(student, sampler, noise, condition, generator)
+        made = sample(at_scale(student), sampler, noise, condition, generator)
     taught = sample(teacher, Sampler(Flow().step_list(steps), "euler"), noise, condition)
     exact, again = (mixture.sample(SAMPLES, generator, labels) for _ in range(2))
     return Samples(made, taught, exact, again, labels)

@@ -34,16 +34,14 @@ class Pairs:
 
     Attributes:
         stored: all pairs.
-        batch: how many a draw gives.
         device: where a draw lies.
     """
 
     stored: Pair
-    batch: int
     device: torch.device
 
     @staticmethod
-    def open(path: Path | None, weight: float, example: Batch, batch: int = 16) -> Pairs | None:
+    def open(path: Path | None, weight: float, example: Batch) -> Pairs | None:
         """The pairs of a regression of that weight; None where the weight is 0.
 
         Raises:
@@ -57,11 +55,11 @@ class Pairs:
         if stored.x0.shape[1:] != example.x.shape[1:]:
             found, needed = tuple(stored.x0.shape[1:]), tuple(example.x.shape[1:])
             raise UserError(f"method.pairs: {path} holds samples of shape {found}, the data's are {needed}")
-        return Pairs(stored, batch, example.x.device)
+        return Pairs(stored, example.x.device)
 
-    def draw(self, rng: Rng) -> Pair:
-        """`batch` pairs, drawn with replacement."""
-        rows = rng.rows(len(self.stored.x0), self.batch)
+    def draw(self, rng: Rng, batch: int) -> Pair:
+        """`batch` pairs, drawn with replacement; all processes together draw what one would for their common batch."""
+        rows = rng.rows(len(self.stored.x0), batch)
         pair = Pair(self.stored.noise[rows], self.stored.x0[rows], self.stored.condition.rows(rows))
         return Pair(pair.noise.to(self.device), pair.x0.to(self.device), pair.condition.to(self.device))
 

@@ -251,3 +251,14 @@ def transfer(x: Tensor, t: Tensor, source: Process, target: Process) -> State:
     use_sigma = source.sigma(t) > source.alpha(t)
     scale = torch.where(use_sigma, target.sigma(t_target) / source.sigma(t), target.alpha(t_target) / source.alpha(t))
     return State(x * expand(scale, x), t_target)
+
+
+def same_process(one: Process, other: Process) -> bool:
+    """Whether x_t means the same in both, so that their networks may see each other's samples."""
+    match one, other:
+        case VP(), VP():
+            same_length = len(one.alphas_cumprod) == len(other.alphas_cumprod)
+            return same_length and torch.allclose(one.alphas_cumprod, other.alphas_cumprod, rtol=1e-5, atol=0)
+        case Flow(), Flow():  # the shift only bends step lists
+            return True
+    return one == other

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_EMPTY: Mapping[str, Any] = MappingProxyType({})
 LABELS = "class_labels"
+SCALARS = "scalars."
+"""How the keys of scalars begin: inputs `(B,)` that were added to the network (`fewstep.models.graft`)."""
+NATIVE_SCALE = "timestep_cond"
+"""The embedded guidance scale of a UNet2DConditionModel."""
 
 
 @dataclass(frozen=True)
@@ -20,12 +22,12 @@ class Condition:
 
     Attributes:
         batched: tensors with the batch first, `(B, *)`. A dotted key (`added_cond_kwargs.time_ids`) is nested when
-            handed to the network.
+            handed to the network, and `scalars.*` goes to the inputs that were added to it.
         shared: values that hold for the batch as a whole (token ids, a resolution).
     """
 
-    batched: Mapping[str, Tensor] = field(default_factory=lambda: _EMPTY)
-    shared: Mapping[str, Any] = field(default_factory=lambda: _EMPTY)
+    batched: Mapping[str, Tensor] = field(default_factory=dict)
+    shared: Mapping[str, Any] = field(default_factory=dict)
 
     @staticmethod
     def none() -> Condition:
@@ -42,10 +44,17 @@ class Condition:
         """Class labels `(B,)`, or None where the condition carries none."""
         return self.batched.get(LABELS)
 
+    @property
+    def scalars(self) -> Mapping[str, Tensor]:
+        """The scalars `(B,)` for added inputs, by the input's name."""
+        return {k.removeprefix(SCALARS): v for k, v in self.batched.items() if k.startswith(SCALARS)}
+
     def kwargs(self) -> dict[str, Any]:
-        """The keyword arguments of the network, dotted keys nested."""
+        """The keyword arguments of the network, dotted keys nested, without the scalars of added inputs."""
         out: dict[str, Any] = dict(self.shared)
         for key, value in self.batched.items():
+            if key.startswith(SCALARS):
+                continue
             outer, _, inner = key.partition(".")
             if inner:
                 out.setdefault(outer, {})[inner] = value
@@ -61,6 +70,11 @@ class Condition:
     def expand(self, batch: int) -> Condition:
         """A condition of one sample, repeated for `batch` samples without copying."""
         return Condition({k: v.expand(batch, *v.shape[1:]) for k, v in self.batched.items()}, self.shared)
+
+    def nulled(self, null: Condition, batch: int) -> Condition:
+        """The null condition, of one sample, for `batch` samples, with this one's scalars, which stay as they are."""
+        kept = {k: v for k, v in self.batched.items() if k.startswith((SCALARS, NATIVE_SCALE))}
+        return Condition({**null.expand(batch).batched, **kept}, null.shared)
 
     def rows(self, index: slice | Tensor) -> Condition:
         """The samples at `index`."""

@@ -13,6 +13,7 @@ from fewstep.diffusion.process import Process
 from fewstep.errors import UserError
 from fewstep.models.conditioning import Condition
 from fewstep.models.families import Family, scheduler_time
+from fewstep.models.graft import Graft
 from fewstep.models.lora import BASE, Adapters
 from fewstep.models.players import Player
 from fewstep.models.taps import FeatureTap
@@ -30,6 +31,8 @@ class NetworkDenoiser:
         null: the null condition, of one sample; None where the network is unconditional.
         adapters: the low-rank adapters on the network, and which of them is active.
         adapter: the adapter this view computes with.
+        graft: the scalar inputs that were added to the network.
+        guidance_range: the guidance scales a student is trained for where one is its input; None: it takes none.
     """
 
     network: nn.Module
@@ -39,13 +42,16 @@ class NetworkDenoiser:
     null: Condition | None
     adapters: Adapters
     adapter: str = BASE
+    graft: Graft = field(default_factory=Graft)
+    guidance_range: tuple[float, float] | None = None
     tap: FeatureTap | None = field(default=None, repr=False)
 
     def __call__(self, x_t: Tensor, t: Tensor, condition: Condition) -> Prediction:
         """The prediction at `x_t` `(B, *)` and times `t` `(B,)` of the process, kept in float32 for the network."""
         self.adapters.activate(self.adapter)
         inputs = {self.family.sample: x_t, "timestep": scheduler_time(self.process, t)}
-        output = self.network(**inputs, **condition.kwargs(), return_dict=False)[0]
+        with self.graft.hearing(condition.scalars):
+            output = self.network(**inputs, **condition.kwargs(), return_dict=False)[0]
         if self.family.learned_sigma:
             output = output[:, : x_t.shape[1]]
         return Prediction(self.process, x_t, t, output, self.kind)
@@ -66,8 +72,21 @@ class NetworkDenoiser:
             raise UserError(
                 f"student.lora: the network is shared by adapters ({shared}); give every player a LoRA rank"
             )
-        network = copy.deepcopy(self.network)
-        return replace(self, network=network, adapters=Adapters(network), adapter=BASE, tap=None)
+        network, graft = copy.deepcopy((self.network, self.graft))  # at once, so that they go on together
+        return replace(self, network=network, adapters=Adapters(network), adapter=BASE, graft=graft, tap=None)
+
+    def with_scalar(self, name: str, unit: float = 1.0) -> NetworkDenoiser:
+        """A copy with one more input, told as `scalars.<name>` `(B,)` of the condition; equal to this until trained.
+
+        Args:
+            name: of the input.
+            unit: what turns the scalar into radians of its fastest wave.
+
+        Raises:
+            UserError: the network carries adapters, or has no time embedding to add the input to.
+        """
+        grown = self.copy()
+        return replace(grown, graft=grown.graft.grown(grown.network, self.family.time_embedding, name, unit))
 
     def lora_view(self, name: str, rank: int) -> NetworkDenoiser:
         """The same frozen network seen through a new adapter, equal to this denoiser until trained."""

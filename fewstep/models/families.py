@@ -37,6 +37,7 @@ class Family:
         learned_sigma: the output may carry as many channels again for a learned variance; they are split off.
         null_label: the label index of the null class, from the network's config, or None without classes.
         tap: the module whose output is the bottleneck, for discriminators.
+        time_embedding: the last part of the names of the modules that embed the time; a scalar input is added there.
         compute_blocks: names of the module lists worth compiling or checkpointing block by block.
     """
 
@@ -45,6 +46,7 @@ class Family:
     tap: Callable[[nn.Module], str]
     null_label: Callable[[dict[str, object]], int | None] = lambda config: None
     learned_sigma: bool = False
+    time_embedding: str = ""
     compute_blocks: tuple[str, ...] = ()
 
 
@@ -73,15 +75,29 @@ def _dit_null(config: dict[str, object]) -> int | None:
 _UNET_BLOCKS = ("down_blocks", "up_blocks")
 
 FAMILIES: dict[str, Family] = {
-    "UNet2DModel": Family("unet", "sample", _mid_block, _last_label, compute_blocks=_UNET_BLOCKS),
-    "UNet2DConditionModel": Family("unet", "sample", _mid_block, compute_blocks=_UNET_BLOCKS),
+    "UNet2DModel": Family(
+        "unet", "sample", _mid_block, _last_label, time_embedding="time_embedding", compute_blocks=_UNET_BLOCKS
+    ),
+    "UNet2DConditionModel": Family(
+        "unet", "sample", _mid_block, time_embedding="time_embedding", compute_blocks=_UNET_BLOCKS
+    ),
     "DiTTransformer2DModel": Family(
-        "transformer", "hidden_states", _middle_transformer_block, _dit_null, True, ("transformer_blocks",)
+        "transformer",
+        "hidden_states",
+        _middle_transformer_block,
+        _dit_null,
+        learned_sigma=True,
+        time_embedding="timestep_embedder",
+        compute_blocks=("transformer_blocks",),
     ),
     "SD3Transformer2DModel": Family(
-        "transformer", "hidden_states", _middle_transformer_block, compute_blocks=("transformer_blocks",)
+        "transformer",
+        "hidden_states",
+        _middle_transformer_block,
+        time_embedding="timestep_embedder",
+        compute_blocks=("transformer_blocks",),
     ),
-    "VectorNetwork": Family("network", "sample", lambda network: "middle", _last_label),
+    "VectorNetwork": Family("network", "sample", lambda network: "middle", _last_label, time_embedding="first"),
 }
 
 

@@ -55,7 +55,7 @@ class Guided:
         if self._off():
             return self.denoiser(x_t, t, condition)
         assert self.null is not None
-        both = Condition.cat([condition, self.null.expand(len(x_t))])
+        both = Condition.cat([condition, condition.nulled(self.null, len(x_t))])
         out = self.denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), both)
         conditional, unconditional = out.value.chunk(2)
         s = expand(self.scale, x_t) if isinstance(self.scale, Tensor) else self.scale

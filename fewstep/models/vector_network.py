@@ -36,6 +36,9 @@ class VectorNetwork(nn.Module):
     coefficients for unit data at the noise ratio κ = σ/(α·std), z the scaled input (Karras et al. 2022, table 1).
     """
 
+    mean: Tensor
+    frequencies: Tensor
+
     def __init__(self, config: VectorConfig) -> None:
         super().__init__()
         self.vector = config

@@ -15,6 +15,7 @@ from fewstep.data.batch import Batch
 from fewstep.data.loader import Loader
 from fewstep.data.samples import Unlabelled
 from fewstep.data.sources import Dataset, open_dataset
+from fewstep.diffusion.process import same_process
 from fewstep.diffusion.solvers import Denoiser
 from fewstep.errors import UserError
 from fewstep.models.compile import compile_network
@@ -62,12 +63,21 @@ def _first_student(
         channels, side = dataset.shape[0], dataset.shape[-1]
         shape = Shape(channels, side, len(dataset.classes))
         return new_denoiser(config.student.new, shape, config.run.seed).to(device)
+    if config.student.path is not None:
+        return _from_folder(config.student.path, teacher, device)
     if teacher is None:
         raise UserError("teacher.path: missing; give a teacher, or student.new for a network from scratch")
     if config.student.lora is None:
         return teacher.copy()
     with _seeded(config.run.seed):
         return teacher.lora_view("student", config.student.lora)
+
+
+def _from_folder(path: str, teacher: NetworkDenoiser | None, device: torch.device | str) -> NetworkDenoiser:
+    student = load_denoiser(path, device)
+    if teacher is not None and not same_process(student.process, teacher.process):
+        raise UserError(f"student.path: the noise schedule of {path} is another than the teacher's; they must agree")
+    return student
 
 
 @contextmanager

@@ -65,10 +65,13 @@ class TrainState:
 
 def train(state: TrainState) -> Iterator[Report]:
     """Run the remaining steps: one turn each, over accumulated micro-batches."""
+    training: tuple[str, ...] | None = None
     while state.step < state.config.train.steps:
         turn = state.method.turn(state.step)
-        for name, optimizer in state.optimizers.items():
-            optimizer.player.require_grad(name in turn.trains)
+        if turn.trains != training:
+            for name, optimizer in state.optimizers.items():
+                optimizer.player.require_grad(name in turn.trains)
+            training = turn.trains
         terms = _accumulate(state, turn)
         norms = _update(state, turn)
         state.step += 1

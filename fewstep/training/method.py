@@ -77,12 +77,16 @@ class Setup:
     example: Batch
 
     def fake_score(self, lora: int | None) -> NetworkDenoiser:
-        """A trainable score of the student's samples: a copy of its first weights, or a LoRA on the frozen teacher's.
+        """A trainable score of the student's samples: a copy of the teacher, or a LoRA on its frozen weights.
+
+        Of a closed-form teacher the student's first weights are the copy: they were fitted to it.
 
         Raises:
             UserError: a LoRA on a teacher that is no network.
         """
-        return self.student.copy() if lora is None else self.frozen_teacher().lora_view("fake_score", lora)
+        if lora is not None:
+            return self.frozen_teacher().lora_view("fake_score", lora)
+        return self.teacher.copy() if isinstance(self.teacher, NetworkDenoiser) else self.student.copy()
 
     def frozen_teacher(self) -> NetworkDenoiser:
         """The teacher as a network, for adapters and features.

@@ -65,10 +65,11 @@ class Consistency(Method):
             raise UserError(
                 "teacher.path: missing; distillation needs a teacher, method.teacher=false trains from data"
             )
-        if config.guidance_range is not None and setup.guided is None:
-            raise UserError("method.guidance_range: guidance comes from a teacher; give teacher.path")
+        if config.guidance_range is not None and (setup.guided is None or setup.guided.null is None):
+            raise UserError("method.guidance_range: guidance comes from a conditional teacher, and this run has none")
         self.config, self.guided = config, setup.guided
-        self.student = with_guidance_input(setup.student) if config.guidance_range else setup.student
+        scales = config.guidance_range
+        self.student = with_guidance_input(setup.student, scales) if scales is not None else setup.student
         self.pairs = GridPairs(self.student.process, config.intervals, config.skip)
         self.boundary = _boundary(config.boundary)
         player = Player(self.student.parameters())

@@ -115,7 +115,7 @@ class DMD2(Method):
             logits = self.discriminator.of_clean(x_hat, batch.condition, rng)
             losses["adversarial"] = self.config.gan_weight * generator_loss(self.config.gan_loss, logits)
         if self.pairs is not None:
-            losses["regression"] = self.config.regression_weight * self._regression(self.pairs, rng)
+            losses["regression"] = self.config.regression_weight * self._regression(self.pairs, len(x_hat), rng)
         return Terms(losses, {"score_gap": (fake.x0 - real.x0).abs().mean()})
 
     def critic_loss(self, batch: Batch, rng: Rng) -> Terms:
@@ -135,9 +135,9 @@ class DMD2(Method):
             return from_noised_data(self.student, self.times, batch.x, batch.condition, rng)
         return backward_simulation(self.student, self.times, batch.x, batch.condition, rng)
 
-    def _regression(self, pairs: Pairs, rng: Rng) -> Tensor:
+    def _regression(self, pairs: Pairs, batch: int, rng: Rng) -> Tensor:
         """The student's sample from a stored noise against the teacher's from the same (DMD, eq. 9)."""
-        pair = pairs.draw(rng)
+        pair = pairs.draw(rng, batch)
         x_hat = one_step(self.student, self.times[0], pair.noise, pair.condition)
         return pseudo_huber_elements(x_hat, pair.x0).mean()
 

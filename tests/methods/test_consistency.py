@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -11,7 +13,7 @@ from fewstep.diffusion.process import Flow
 from fewstep.errors import UserError
 from fewstep.models.conditioning import Condition
 from tests.methods.gaussians import finish, state_of
-from tests.training.runs import METHODS, begin, config, go
+from tests.training.runs import METHODS, begin, config, go, sources
 
 TEACHER = GaussianMixture.gaussian(1.5, 0.4)
 
@@ -89,9 +91,12 @@ def test_the_target_follows_with_its_own_decay():
     assert set(state.method.averages) == {"target", "ema"}
 
 
-def test_what_distillation_needs():
-    with pytest.raises(UserError, match=r"method.guidance_range: only UNet2DConditionModel"):
-        begin(config({"name": "consistency", "guidance_range": [2.0, 8.0]}))
+def test_a_range_of_guidance_needs_a_conditional_teacher():
+    ranged = config({"name": "consistency", "guidance_range": [2.0, 8.0]})
+    unconditional = replace(sources(), teacher=GaussianMixture.gaussian(torch.zeros(2), 1.0).denoiser(Flow()))
+    for start in (unconditional, replace(sources(), teacher=None)):
+        with pytest.raises(UserError, match=r"conditional teacher, and this run has none|teacher.path: missing"):
+            begin(ranged, start)
 
 
 def test_the_sampler_renoises():

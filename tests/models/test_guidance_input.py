@@ -9,14 +9,16 @@ from diffusers import LatentConsistencyModelPipeline, UNet2DConditionModel
 from fewstep.diffusion.prediction import Kind
 from fewstep.diffusion.process import VP, Flow
 from fewstep.errors import UserError
-from fewstep.models.conditioning import Condition
+from fewstep.models.conditioning import NATIVE_SCALE, Condition
 from fewstep.models.denoiser import NetworkDenoiser
-from fewstep.models.guidance_input import KEY, with_guidance, with_guidance_input
+from fewstep.models.guidance import Guided
+from fewstep.models.guidance_input import at_scale, with_guidance, with_guidance_input
 from fewstep.models.load import make_denoiser
 from fewstep.models.schedule import Schedule, alphas_cumprod
-from tests.tiny import alive, unet2d, unet_sd15
+from tests.tiny import alive, unet2d_classes, unet_sd15
 
 T = torch.tensor([19.0, 999.0])
+RANGE = (1.0, 15.0)
 
 
 @pytest.fixture
@@ -29,7 +31,7 @@ TEXT = Condition({"encoder_hidden_states": torch.linspace(-1, 1, 2 * 5 * 16).res
 
 @pytest.mark.parametrize("scale", [1.0, 7.5, 15.0])
 def test_the_student_starts_as_its_teacher(teacher, scale):
-    student = with_guidance_input(teacher)
+    student = with_guidance_input(teacher, RANGE)
     x = torch.randn(2, 4, 8, 8)
     expected = teacher(x, T, TEXT).value
     said = student(x, T, with_guidance(TEXT, torch.full((2,), scale), student)).value
@@ -39,7 +41,7 @@ def test_the_student_starts_as_its_teacher(teacher, scale):
 
 
 def test_once_trained_it_hears_the_scale(teacher):
-    student = with_guidance_input(teacher)
+    student = with_guidance_input(teacher, RANGE)
     torch.nn.init.normal_(student.parameters()["time_embedding.cond_proj.weight"], std=0.1)
     x = torch.randn(1, 4, 8, 8).expand(2, -1, -1, -1)
     text = TEXT.rows(slice(0, 1)).expand(2)
@@ -48,9 +50,9 @@ def test_once_trained_it_hears_the_scale(teacher):
 
 
 def test_the_embedding_is_diffusers(teacher):
-    student = with_guidance_input(teacher)
+    student = with_guidance_input(teacher, RANGE)
     scales = torch.tensor([1.0, 1.01, 4.0, 7.5, 15.0])
-    mine = with_guidance(Condition.none(), scales, student).batched[KEY]
+    mine = with_guidance(Condition.none(), scales, student).batched[NATIVE_SCALE]
     its = LatentConsistencyModelPipeline.get_guidance_scale_embedding(None, scales - 1, embedding_dim=256)  # pyright: ignore
     assert mine.shape == (5, 256)
     torch.testing.assert_close(mine, its, rtol=0, atol=1e-6)
@@ -61,12 +63,59 @@ def test_a_network_that_has_the_input_keeps_it():
     network = UNet2DConditionModel.from_config(dict(unet_sd15(8).config), time_cond_proj_dim=32)
     assert isinstance(network, UNet2DConditionModel)
     denoiser = make_denoiser(network, Schedule(Flow(), Kind.VELOCITY))
-    assert with_guidance_input(denoiser) is denoiser
-    assert with_guidance(TEXT, torch.ones(2), denoiser).batched[KEY].shape == (2, 32)
+    assert with_guidance_input(denoiser, RANGE).network is network
+    assert with_guidance(TEXT, torch.ones(2), denoiser).batched[NATIVE_SCALE].shape == (2, 32)
 
 
-def test_other_networks_have_no_such_input(teacher):
-    with pytest.raises(UserError, match=r"method.guidance_range: only UNet2DConditionModel .* found UNet2DModel"):
-        with_guidance_input(make_denoiser(unet2d(8), Schedule(Flow(), Kind.VELOCITY)))
+def test_adapters_share_weights_that_an_input_would_change(teacher):
     with pytest.raises(UserError, match=r"method.guidance_range: .* leave out student.lora"):
-        with_guidance_input(teacher.lora_view("student", 2))
+        with_guidance_input(teacher.lora_view("student", 2), RANGE)
+
+
+@pytest.fixture
+def pixels() -> NetworkDenoiser:
+    return make_denoiser(alive(unet2d_classes(8)), Schedule(Flow(), Kind.VELOCITY))
+
+
+LABELS = Condition.of_labels(torch.tensor([0, 3]))
+
+
+def taught(pixels: NetworkDenoiser) -> NetworkDenoiser:
+    """A student whose output depends on the scale."""
+    student = with_guidance_input(pixels, (2.0, 6.0))
+    alive(student.network.get_submodule("time_embedding.second"), 0.3)
+    return student
+
+
+def test_a_student_is_sampled_in_the_middle_of_its_range_or_where_asked(pixels):
+    student, x, t = taught(pixels), torch.randn(2, 3, 8, 8), torch.tensor([0.2, 0.9])
+    said = {scale: at_scale(student, scale)(x, t, LABELS).value for scale in (None, 2.0, 4.0, 6.0)}
+    mixed = student(x, t, with_guidance(LABELS, torch.tensor([2.0, 6.0]), student)).value
+    assert torch.equal(said[None], said[4.0])
+    torch.testing.assert_close(mixed, torch.stack([said[2.0][0], said[6.0][1]]))
+    assert float((said[2.0] - said[6.0]).abs().max()) > 1e-3
+    assert at_scale(pixels) is pixels, "one without the input"
+
+
+@pytest.mark.parametrize("scale", [1.9, 6.1])
+def test_a_scale_outside_the_range_is_refused(pixels, scale):
+    with pytest.raises(UserError, match=rf"guidance: {scale} given; .* trained for scales from 2 to 6"):
+        at_scale(with_guidance_input(pixels, (2.0, 6.0)), scale)
+
+
+@pytest.mark.parametrize("build", ["added", "native"])
+def test_a_student_with_a_scale_can_itself_be_guided(pixels, teacher, build):
+    """Its null condition has no scale of its own: both halves hear the sample's."""
+    if build == "added":
+        student, given, null = taught(pixels), LABELS, pixels.null
+    else:
+        student, given = with_guidance_input(teacher, RANGE), TEXT
+        torch.nn.init.normal_(student.parameters()["time_embedding.cond_proj.weight"], std=0.1)
+        null = Condition({key: torch.zeros_like(value[:1]) for key, value in TEXT.batched.items()})
+    assert null is not None
+    x, t = torch.randn(2, len(student.network.state_dict()["conv_out.bias"]), 8, 8), torch.tensor([0.2, 0.9])
+    scaled = with_guidance(given, torch.tensor([3.0, 5.0]), student)
+    with_, without = (student(x, t, one).value for one in (scaled, scaled.nulled(null, 2)))
+    guided = Guided(student, null, 2.0)(x, t, scaled).value
+    torch.testing.assert_close(guided, without + 2 * (with_ - without), rtol=1e-4, atol=1e-5)
+    assert float((guided - with_).abs().max()) > 1e-4

@@ -10,6 +10,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from fewstep.cli import app
+from fewstep.commands.pictures import sample_grid
 from fewstep.commands.source import open_source
 from fewstep.config import RunConfig, parse
 from fewstep.data.pairs import load_pairs
@@ -18,6 +19,7 @@ from fewstep.diffusion.solvers import Sampler, sample
 from fewstep.errors import UserError
 from fewstep.models.conditioning import Condition
 from fewstep.models.guidance import Guided
+from fewstep.models.guidance_input import with_guidance_input
 from fewstep.models.load import load_denoiser, make_denoiser
 from fewstep.models.schedule import Schedule
 from fewstep.pipelines import check
@@ -163,6 +165,65 @@ def test_what_cannot_be_sampled_is_told(tmp_path, run, teachers):
     assert source.class_number(source.classes[4]) == 4
     with pytest.raises(UserError, match=r"'10' given.* or 0 to 9 are allowed"):
         source.class_number("10")
+
+
+RANGED = {"name": "consistency", "target": "self", "guidance_range": [2.0, 6.0]}
+
+
+@pytest.fixture
+def scaled_run(tmp_path, teacher) -> Path:
+    """A run whose student takes scales from 2 to 6, and hears them."""
+    config = config_of(tmp_path / "scaled", teacher, method=RANGED)
+    state = assemble(config, open_sources(config), make_accelerator(config))
+    for name, tensor in state.method.averages[EMA].shadow.items():
+        tensor += 0.3 * torch.randn(tensor.shape) if ".second.guidance." in name else 0.01
+    checkpoint.save(config.run.dir / "checkpoints", state)
+    (config.run.dir / "config.json").write_text(config.model_dump_json())
+    return config.run.dir
+
+
+def test_a_student_with_a_range_is_sampled_at_the_scale_asked_for(tmp_path, scaled_run):
+    noise, labels = torch.randn(2, 1, 8, 8), torch.tensor([3, 7])
+    made = {}
+    for scale in (None, 2.0, 4.0, 6.0):
+        source = open_source(str(scaled_run), scale)
+        made[scale] = source.images(source.sampler, noise, labels, 1)
+    assert torch.equal(made[None], made[4.0]), "the middle of its range"
+    assert float((made[2.0] - made[6.0]).abs().max()) > 1e-3
+    assert "wrote" in invoke("sample", scaled_run, "--out", tmp_path / "a.png", "--guidance", 3)
+    with pytest.raises(UserError, match=r"guidance: 7 given; .* scales from 2 to 6"):
+        open_source(str(scaled_run), 7.0)
+
+
+def test_the_grids_of_training_are_made_in_the_middle(tmp_path, teacher):
+    config = config_of(tmp_path / "run", teacher, method=RANGED)
+    state = assemble(config, open_sources(config), make_accelerator(config))
+    told = set()
+    heard = state.method.student.network.get_submodule("time_embedding.second.guidance")
+    heard.register_forward_pre_hook(lambda _, words: told.update(words[0].tolist()))
+    sample_grid(state, tmp_path / "grid.png", rows=1)
+    assert told == {4.0}
+
+
+def test_an_added_input_cannot_leave(tmp_path, scaled_run):
+    done = CliRunner().invoke(app, ["export", str(scaled_run), str(tmp_path / "out")])
+    assert isinstance(done.exception, UserError)
+    assert "UNet2DModel was given an input (guidance) that no stock pipeline feeds" in str(done.exception)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_native_input_leaves_at_the_middle_of_its_range(tmp_path, teachers):
+    teacher = teachers("sd15")
+    student = with_guidance_input(teacher.denoiser, (2.0, 6.0))
+    torch.nn.init.normal_(student.parameters()["time_embedding.cond_proj.weight"], std=0.1)
+    sampler = Sampler.of(student.process, 2)
+    export_student(student, sampler, teacher.folder, tmp_path / "out", CardFacts("consistency", "Luo et al. 2023"))
+    manifest = read_manifest(tmp_path / "out")
+    assert (manifest.guidance, manifest.call["guidance_scale"]) == (4.0, 4.0)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "- Guidance scale: 4\n" in card
+    assert "guidance_scale=4.0" in card
+    assert check.check(tmp_path / "out", student, sampler) <= check.allowed(student, sampler)
 
 
 def test_pairs_are_the_guided_teachers(tmp_path, teacher):

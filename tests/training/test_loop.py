@@ -6,6 +6,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+from fewstep.models.players import Player
 from fewstep.training.loop import _accumulate
 from fewstep.training.method import Terms, Turn
 from tests.training.runs import METHODS, begin, config, go, moved, weights
@@ -42,6 +43,27 @@ def test_the_gradients_of_a_turn_reach_its_players_only():
         assert sum(p.grad is not None and bool(p.grad.any()) for p in everyone) > 0
         for optimizer in state.optimizers.values():
             optimizer.adamw.zero_grad(set_to_none=True)
+
+
+def test_gradients_are_switched_where_the_turn_changes_hands(monkeypatch):
+    """At steps 0, 2, 3 and 5 of two rounds, and wherever training begins again."""
+    state = begin(config(METHODS["dmd2"], train={"steps": 6}))
+    switched, switch = [], Player.require_grad
+
+    def counted(player: Player, flag: bool) -> None:
+        switched.append(state.step)
+        switch(player, flag)
+
+    monkeypatch.setattr(Player, "require_grad", counted)
+    go(state, 5)
+    assert switched == [0, 0, 2, 2, 3, 3]
+    for player in state.method.players.values():
+        switch(player, True)
+    go(state)
+    assert switched[6:] == [5, 5]
+    assert {
+        name for name, one in state.method.players.items() if next(iter(one.parameters.values())).requires_grad
+    } == {"student"}
 
 
 @pytest.mark.parametrize("updates", [1, 2, 5])

@@ -1,0 +1,133 @@
+"""Scalar inputs beside the time of a pretrained network: a guidance scale, a jump's length. Silent at the start."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.errors import UserError
+
+WIDTH = 256  # of the sinusoid, where the network has no embedding of its own to take after
+
+
+class Scalars:
+    """The values `(B,)` of the pass under way, by name; all grafts of one network read the same one.
+
+    It is part of the network's modules, so a deep copy of the network reads one of its own.
+    """
+
+    def __init__(self) -> None:
+        self.values: Mapping[str, Tensor] = {}
+
+
+@dataclass(frozen=True, eq=False)
+class Graft:
+    """The scalar inputs that a network was given; none at first.
+
+    Attributes:
+        names: of the inputs.
+        scalars: where the network's grafts look. It is only filled during a pass, and so may carry the dual tensors
+            of a forward derivative. Blocks that are computed again in the backward pass would find it empty.
+    """
+
+    names: tuple[str, ...] = ()
+    scalars: Scalars = field(default_factory=Scalars)
+
+    @contextmanager
+    def hearing(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+        """Inside, the network's grafts see these values `(B,)`; an input that is left out adds nothing."""
+        assert set(values) <= set(self.names), f"inputs {sorted(values)} told; the network has {self.names}"
+        self.scalars.values = values
+        try:
+            yield
+        finally:
+            self.scalars.values = {}
+
+    def grown(self, network: nn.Module, place: str, name: str, unit: float) -> Graft:
+        """One more input, added in place to the output of every sub-module of `network` that is called `place`.
+
+        Args:
+            network: with this graft's inputs, if any.
+            place: the last part of the time embeddings' names.
+            name: of the input.
+            unit: what the scalar is multiplied with before its sinusoid, whose fastest wave is then sin(unit·value).
+
+        Raises:
+            UserError: there is no such sub-module.
+        """
+        assert name not in self.names, f"{name} is an input already"
+        found = [path for path, _ in network.named_modules() if path.rpartition(".")[2] == place]
+        if not place or not found:
+            raise UserError(f"student: {type(network).__name__} has no time embedding that an input could be added to")
+        for path in found:
+            module = network.get_submodule(path)
+            if not isinstance(module, GraftedEmbedding):
+                module = GraftedEmbedding(module, self.scalars)
+                network.set_submodule(path, module)
+            module.second[name] = _second(module.base, unit)
+        return Graft((*self.names, name), self.scalars)
+
+
+class GraftedEmbedding(nn.Module):
+    """A time embedding plus embeddings of scalars, each exactly zero until it is trained."""
+
+    def __init__(self, base: nn.Module, scalars: Scalars) -> None:
+        super().__init__()
+        self.base, self.second, self.scalars = base, nn.ModuleDict(), scalars
+
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """What the base says `(B, D)`, and the embeddings of the scalars that the pass is told."""
+        out = self.base(*args, **kwargs)
+        for name, value in self.scalars.values.items():
+            out = out + self.second[name](value).to(out.dtype)
+        return out
+
+
+class ScalarEmbedding(nn.Module):
+    """Layers on the sinusoid of a scalar `(B,)`, which is computed in at least float32."""
+
+    def __init__(self, layers: nn.Module, width: int, unit: float) -> None:
+        super().__init__()
+        self.layers, self.width, self.unit = layers, width, unit
+
+    def forward(self, value: Tensor) -> Tensor:
+        waves = sinusoid(self.unit * (value if value.dtype == torch.float64 else value.float()), self.width)
+        return self.layers(waves.to(next(self.layers.parameters()).dtype))
+
+
+def sinusoid(value: Tensor, width: int) -> Tensor:
+    """Cosines and sines `(B, width)` of `value` `(B,)` at frequencies from 1 down to 1/10,000."""
+    half = width // 2
+    powers = torch.arange(half, device=value.device, dtype=value.dtype) / half
+    angles = value[:, None] * torch.exp(-math.log(10000.0) * powers)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def _second(base: nn.Module, unit: float) -> ScalarEmbedding:
+    """A copy of the network's own time embedding, or new layers beside a plain linear one; the last layer is zero."""
+    if isinstance(base, nn.Linear):
+        width = base.out_features
+        last = nn.Linear(width, width)
+        layers = nn.Sequential(nn.Linear(WIDTH, width), nn.SiLU(), last).to(base.weight)
+        layers.requires_grad_(base.weight.requires_grad)
+        return _silent(ScalarEmbedding(layers, WIDTH, unit), last)
+    from diffusers.models.embeddings import TimestepEmbedding
+
+    assert isinstance(base, TimestepEmbedding), f"no scalar can be added to a {type(base).__name__}"
+    layers = copy.deepcopy(base)
+    layers.cond_proj = None  # the native input for a guidance scale stays the base's
+    return _silent(ScalarEmbedding(layers, layers.linear_1.in_features, unit), layers.linear_2)
+
+
+def _silent(embedding: ScalarEmbedding, last: nn.Linear) -> ScalarEmbedding:
+    nn.init.zeros_(last.weight)
+    if last.bias is not None:
+        nn.init.zeros_(last.bias)
+    return embedding
