@@ -61,6 +61,21 @@ def _bend(fraction: float, shift: float) -> float:
     return shift * fraction / (1 + (shift - 1) * fraction)
 
 
+def annealed(window: tuple[float, float], share: float, done: float) -> tuple[float, float]:
+    """A window whose clean edge begins 70 % of the way to its noisy one and falls to its place, linearly.
+
+    At high noise all modes are one, so a sample still finds its way to a mode that none has reached.
+
+    Args:
+        window: fractions of the process's scale, as `Uniform` takes them.
+        share: of the run, over which the edge falls; 0 leaves the window as it is.
+        done: share of the run that is over.
+    """
+    low, high = window
+    left = max(0.0, 1 - done / share) if share else 0.0
+    return low + 0.7 * left * (high - low), high
+
+
 @dataclass(frozen=True)
 class LogitNormal:
     """Fractions of the process's scale with logit ~ N(mean, std²) (Esser et al. 2024, eq. 19)."""

@@ -14,7 +14,8 @@ from fewstep.data.batch import Batch
 from fewstep.data.pairs import Pairs
 from fewstep.diffusion.process import Process
 from fewstep.diffusion.solvers import Sampler
-from fewstep.diffusion.times import Uniform
+from fewstep.diffusion.times import Uniform, annealed
+from fewstep.errors import UserError
 from fewstep.losses.adversarial import Adversarial, generator_loss
 from fewstep.losses.consistency import pseudo_huber_elements
 from fewstep.losses.denoising import denoising
@@ -35,9 +36,11 @@ class DMD2Config(MethodConfig):
     """Updates of the fake score for each of the student (two time-scale rule, section 4.2); 10 for SD1.5."""
     renoise: Window = (0.02, 0.98)
     """Window of noise levels at which student samples are judged, as shares of the process's range."""
+    times: tuple[float, ...] | None = None
+    """Start times of the student's steps; None is the process's own list. SDXL's one-step student starts at 399."""
     anneal: float = Field(default=0.5, ge=0, le=1)
-    """Share of the run over which the window's clean edge falls from 0.7 to its place, so that the student finds every
-    mode before any has walls around it (as DMDR's annealed re-noising, arXiv 2511.13649); 0 is the paper's."""
+    """Share of the run over which the window's clean edge falls to its place, so that the student finds every mode
+    before any has walls around it (as DMDR's annealed re-noising, arXiv 2511.13649); 0 is the paper's."""
     weight: Weight = "dmd"
     """Per-sample weight of the direction: `dmd` divides by mean|x̂ − x̂_0,real| (DMD, eq. 8); `none`."""
     rollout: Literal["backward_simulation", "noised_data"] = "backward_simulation"
@@ -81,7 +84,7 @@ class DMD2(Method):
         if self.discriminator is not None:
             self.players["discriminator"] = Player.of(self.discriminator.heads)
         process = self.student.process
-        self.times = process.step_list(setup.steps)
+        self.times = self.sampler(config, process, setup.steps).times
         self.all_times, self.run_steps = Uniform(process), setup.run_steps
         self.pairs = Pairs.open(config.pairs, config.regression_weight, setup.example)
 
@@ -92,15 +95,11 @@ class DMD2(Method):
     def turn(self, step: int) -> Turn:
         """`critic_updates` turns of the critic, then one of the student."""
         if step % (self.config.critic_updates + 1) == self.config.critic_updates:
-            return Turn("student", ("student",), partial(self.student_loss, judged_at=self._window(step)))
+            window = annealed(self.config.renoise, self.config.anneal, step / self.run_steps)
+            law = Uniform(self.student.process, *window)
+            return Turn("student", ("student",), partial(self.student_loss, judged_at=law))
         critic = tuple(name for name in self.players if name != "student")
         return Turn("critic", critic, self.critic_loss)
-
-    def _window(self, step: int) -> Uniform:
-        """The law of the noise levels at which samples are judged at `step`."""
-        low, high = self.config.renoise
-        left = max(0.0, 1 - step / (self.config.anneal * self.run_steps)) if self.config.anneal else 0.0
-        return Uniform(self.student.process, low + left * max(0.0, 0.7 - low), high)
 
     def student_loss(self, batch: Batch, rng: Rng, judged_at: Uniform) -> Terms:
         """Distribution matching (DMD, eq. 7), with the adversarial and the regression term where asked for."""
@@ -144,4 +143,7 @@ class DMD2(Method):
     @staticmethod
     def sampler(config: MethodConfig, process: Process, steps: int) -> Sampler:
         """x̂_0, re-noised with fresh noise at each following time."""
-        return Sampler(process.step_list(steps), "renoise")
+        given = config.times if isinstance(config, DMD2Config) else None
+        if given is not None and len(given) != steps:
+            raise UserError(f"method.times: {len(given)} given, student.steps={steps} needs as many")
+        return Sampler(given or process.step_list(steps), "renoise")

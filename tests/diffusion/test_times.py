@@ -17,6 +17,7 @@ from fewstep.diffusion.times import (
     LogNormal,
     RatioPairs,
     Uniform,
+    annealed,
     below,
     ordered,
 )
@@ -197,3 +198,11 @@ def test_ordered() -> None:
 def test_impossible_laws_are_refused(make, message: str) -> None:
     with pytest.raises(UserError, match=message):
         make()
+
+
+def test_annealed_window_falls_to_its_place() -> None:
+    window = (0.02, 0.98)
+    assert annealed(window, 0.5, 0.0) == pytest.approx((0.692, 0.98))
+    assert annealed(window, 0.5, 0.25) == pytest.approx((0.356, 0.98))
+    assert annealed(window, 0.5, 0.5) == window
+    assert annealed(window, 0.0, 0.0) == window
