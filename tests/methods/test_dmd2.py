@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -90,7 +92,9 @@ def test_a_student_that_has_arrived_gets_no_direction():
 
 def test_the_window_of_noise_levels():
     state = begin(config({**METHODS["dmd2"], "renoise": [0.3, 0.4], "anneal": 0.0}))
-    times = state.method._window(5)(torch.rand(1000))  # pyright: ignore[reportAttributeAccessIssue]
+    student_turn = state.method.turn(2)
+    assert isinstance(student_turn.loss, partial)
+    times = student_turn.loss.keywords["judged_at"](torch.rand(1000))
     assert float(times.min()) == pytest.approx(0.3, abs=1e-3)
     assert float(times.max()) == pytest.approx(0.4, abs=1e-3)
     every = state.method.all_times(torch.tensor([0.0, 0.999]))  # pyright: ignore[reportAttributeAccessIssue]
