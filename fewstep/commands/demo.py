@@ -46,7 +46,7 @@ class Size:
     real_images: int
 
 
-FULL, QUICK = Size(1.0, 240, 1000), Size(0.04, 80, 200)
+FULL, QUICK = Size(1.0, 300, 1000), Size(0.03, 48, 100)
 
 
 @dataclass(frozen=True)
