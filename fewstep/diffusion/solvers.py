@@ -85,7 +85,11 @@ def teacher_step(
     denoiser: Denoiser, x: Tensor, t: Tensor, s: Tensor, condition: Condition, solver: TeacherSolver
 ) -> Tensor:
     """x_s from `x` `(B, *)` at `t` `(B,)` to `s` `(B,)` by one step of `solver`: what consistency methods ask for."""
-    prediction = denoiser(x, t, condition)
+    return step(denoiser, denoiser(x, t, condition), s, condition, solver)
+
+
+def step(denoiser: Denoiser, prediction: Prediction, s: Tensor, condition: Condition, solver: TeacherSolver) -> Tensor:
+    """x_s from a prediction that `denoiser` has made; only "heun" calls it again."""
     match solver:
         case "ddim":
             return jump(prediction, s)
@@ -178,14 +182,10 @@ def _between(
     match kind:
         case "renoise":
             return prediction.process.add_noise(prediction.x0, _fresh_noise(prediction.x0, generator), s)
-        case "ddim":
-            return jump(prediction, s)
-        case "euler":
-            return euler(prediction, s)
-        case "heun":
-            return heun(denoiser, prediction, s, condition)
         case "dpmpp":
             return dpmpp(prediction, s, previous)
+        case "ddim" | "euler" | "heun":
+            return step(denoiser, prediction, s, condition, kind)
 
 
 def _fresh_noise(like: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -45,6 +45,10 @@ class Average:
     warmup: bool = True
     updates: int = 0
 
+    def __post_init__(self) -> None:
+        self._shadow = [self.shadow[name] for name in self.source.parameters]
+        self._source = list(self.source.parameters.values())
+
     @staticmethod
     def of(source: Player, decay: float, warmup: bool = True) -> Average:
         """An average with tensors of its own, starting at the player's present weights."""
@@ -56,9 +60,7 @@ class Average:
         """Shadow ← decay·shadow + (1 − decay)·source."""
         early = (1 + self.updates) / (10 + self.updates)
         decay = min(self.decay, early) if self.warmup else self.decay
-        shadow = [self.shadow[name] for name in self.source.parameters]
-        values = [p.detach().float() for p in self.source.parameters.values()]
-        torch._foreach_lerp_(shadow, values, 1 - decay)
+        torch._foreach_lerp_(self._shadow, [p.detach().float() for p in self._source], 1 - decay)
         self.updates += 1
 
     @contextmanager
