@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from fewstep.diffusion.prediction import Prediction, at_least_float32
-from fewstep.diffusion.process import Process, expand
+from fewstep.diffusion.process import Flow, Process, expand
 from fewstep.errors import UserError, did_you_mean
-from fewstep.models.conditioning import Condition
+from fewstep.models.conditioning import SPAN, Condition
 
-SamplerKind = Literal["renoise", "ddim", "euler", "heun", "dpmpp"]
+SamplerKind = Literal["renoise", "ddim", "euler", "heun", "dpmpp", "flow_map"]
 TeacherSolver = Literal["euler", "heun", "ddim"]
 
 
@@ -42,6 +42,16 @@ def jump(prediction: Prediction, s: Tensor | None) -> Tensor:
         return prediction.x0
     process, x0 = prediction.process, prediction.x0
     return expand(process.alpha(s), x0).to(x0) * x0 + expand(process.sigma(s), x0).to(x0) * prediction.eps
+
+
+def span(process: Process, t: Tensor, s: Tensor | None) -> Tensor:
+    """What a two-time network is told of a jump from times `t` `(B,)` to `s`, or to clean data: its flow time.
+
+    It predicts x̂_0 and ε̂ whose `jump` lands on its trajectory at s, in every process: the average velocity of the
+    flow path from t to s (MeanFlow, arXiv 2505.13447; flow maps, arXiv 2505.18825).
+    """
+    start = Flow().time_at(process.ratio(t))
+    return start if s is None else start - Flow().time_at(process.ratio(s))
 
 
 def euler(prediction: Prediction, s: Tensor) -> Tensor:
@@ -106,7 +116,7 @@ class Sampler:
     Attributes:
         times: start times of the steps, noise end first. The last step always lands on clean data, x̂_0.
         kind: what joins two times: fresh noise on x̂_0 ("renoise", the sampler of consistency models and DMD2), or a
-            step of "ddim", "euler", "heun" or "dpmpp".
+            step of "ddim", "euler", "heun" or "dpmpp", or the jump of a two-time network ("flow_map").
 
     Raises:
         UserError: no times, times that do not decrease, an unknown kind.
@@ -150,10 +160,12 @@ def trajectory(
     x = process.prior(at_least_float32(noise), sampler.times[0])
     previous = None
     for i, time in enumerate(sampler.times):
-        prediction = denoiser(x, process.times(time, x), condition)
+        t = process.times(time, x)
+        s = process.times(sampler.times[i + 1], x) if i + 1 < len(sampler.times) else None
+        told = condition.with_scalar(SPAN, span(process, t, s)) if sampler.kind == "flow_map" else condition
+        prediction = denoiser(x, t, told)
         yield prediction
-        if i + 1 < len(sampler.times):
-            s = process.times(sampler.times[i + 1], x)
+        if s is not None:
             x = _between(denoiser, sampler.kind, prediction, previous, s, condition, generator)
         previous = prediction
 
@@ -184,6 +196,8 @@ def _between(
             return prediction.process.add_noise(prediction.x0, _fresh_noise(prediction.x0, generator), s)
         case "dpmpp":
             return dpmpp(prediction, s, previous)
+        case "flow_map":
+            return jump(prediction, s)
         case "ddim" | "euler" | "heun":
             return step(denoiser, prediction, s, condition, kind)
 

@@ -12,6 +12,8 @@ from torch import Tensor
 LABELS = "class_labels"
 SCALARS = "scalars."
 """How the keys of scalars begin: inputs `(B,)` that were added to the network (`fewstep.models.graft`)."""
+SPAN = "span"
+"""The scalar of two-time networks: flow time t_F = σ/(α+σ) at the start of a jump minus that at its end."""
 NATIVE_SCALE = "timestep_cond"
 """The embedded guidance scale of a UNet2DConditionModel."""
 
@@ -61,6 +63,10 @@ class Condition:
             else:
                 out[key] = value
         return out
+
+    def with_scalar(self, name: str, value: Tensor) -> Condition:
+        """The same condition with `value` `(B,)` for the added input `name`."""
+        return Condition({**self.batched, SCALARS + name: value}, self.shared)
 
     def to(self, device: torch.device | str) -> Condition:
         """The same condition on `device`; shared tensors move too."""

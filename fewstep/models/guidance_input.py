@@ -12,7 +12,7 @@ from fewstep.diffusion.prediction import Prediction
 from fewstep.diffusion.process import Process
 from fewstep.diffusion.solvers import Denoiser
 from fewstep.errors import UserError
-from fewstep.models.conditioning import NATIVE_SCALE, SCALARS, Condition
+from fewstep.models.conditioning import NATIVE_SCALE, Condition
 from fewstep.models.denoiser import NetworkDenoiser, freeze
 from fewstep.models.graft import WIDTH
 from fewstep.models.lora import Adapters
@@ -65,7 +65,7 @@ def with_guidance(condition: Condition, scale: Tensor, denoiser: NetworkDenoiser
     An added input takes s itself, whose sinusoid is smooth enough for scales between those of training.
     """
     if GUIDANCE in denoiser.graft.names:
-        return Condition({**condition.batched, SCALARS + GUIDANCE: scale}, condition.shared)
+        return condition.with_scalar(GUIDANCE, scale)
     projection = denoiser.network.get_submodule("time_embedding.cond_proj")
     assert isinstance(projection, nn.Linear)
     told = _embedding(scale.float() - 1, projection.in_features)

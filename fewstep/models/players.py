@@ -63,6 +63,12 @@ class Average:
         torch._foreach_lerp_(self._shadow, [p.detach().float() for p in self._source], 1 - decay)
         self.updates += 1
 
+    @torch.no_grad()
+    def restart(self) -> None:
+        """The average is the player's present weights."""
+        torch._foreach_copy_(self._shadow, [p.detach() for p in self._source])
+        self.updates = 0
+
     @contextmanager
     def swapped(self) -> Iterator[None]:
         """Inside, the player's parameters hold the averaged values."""

@@ -12,7 +12,7 @@ from fewstep.config import RunConfig
 from fewstep.data.batch import Batch
 from fewstep.data.loader import Loader
 from fewstep.rng import Rng
-from fewstep.training.method import Method, Terms, Turn
+from fewstep.training.method import Method, Stage, Terms, Turn
 from fewstep.training.optim import PlayerOptimizer, lr_factor
 
 
@@ -72,10 +72,20 @@ def train(state: TrainState) -> Iterator[Report]:
             for name, optimizer in state.optimizers.items():
                 optimizer.player.require_grad(name in turn.trains)
             training = turn.trains
+        if turn.stage is not None and state.step == turn.stage.start:
+            _begin_stage(state, turn)
         terms = _accumulate(state, turn)
         norms = _update(state, turn)
         state.step += 1
         yield Report(state.step, turn.name, terms, norms)
+
+
+def _begin_stage(state: TrainState, turn: Turn) -> None:
+    """Optimizers forget what they gathered, and every average, a resting one too, takes the weights of now."""
+    for name in turn.trains:
+        state.optimizers[name].forget()
+    for average in state.method.averages.values():
+        average.restart()
 
 
 def _accumulate(state: TrainState, turn: Turn) -> Terms:
@@ -93,10 +103,11 @@ def _accumulate(state: TrainState, turn: Turn) -> Terms:
 def _update(state: TrainState, turn: Turn) -> Mapping[str, Tensor]:
     """Step the players of the turn, and the averages that follow them."""
     optim = state.config.optim
-    factor = lr_factor(optim, state.step, state.config.train.steps)
+    stage = turn.stage or Stage(0, state.config.train.steps)
+    factor = lr_factor(optim, state.step - stage.start, stage.end - stage.start)
     norms = {name: state.optimizers[name].step(factor, optim.clip) for name in turn.trains}
     moved = {id(state.method.players[name]) for name in turn.trains}
-    for average in state.method.averages.values():
-        if id(average.source) in moved:
+    for name, average in state.method.averages.items():
+        if id(average.source) in moved and name not in turn.resting:
             average.update()
     return norms

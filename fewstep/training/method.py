@@ -42,6 +42,19 @@ class Terms:
 
 
 @dataclass(frozen=True)
+class Stage:
+    """A stretch of a run with optimizers, learning rates and averages of its own: one halving, say.
+
+    Attributes:
+        start: its first step.
+        end: the step after its last.
+    """
+
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
 class Turn:
     """Who trains at a step and by which loss: decided here alone, read by the loop for gradients and optimizers.
 
@@ -49,11 +62,15 @@ class Turn:
         name: for logs.
         trains: the players whose parameters move; all others are frozen.
         loss: the terms on one batch, with the run's random stream.
+        stage: that the step lies in; None where the whole run is one.
+        resting: averages that stay as they are, though their player moves.
     """
 
     name: str
     trains: tuple[str, ...]
     loss: Callable[[Batch, Rng], Terms]
+    stage: Stage | None = None
+    resting: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

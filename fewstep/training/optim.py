@@ -36,6 +36,10 @@ class PlayerOptimizer:
         self.adamw.zero_grad(set_to_none=True)
         return norm
 
+    def forget(self) -> None:
+        """Start again with empty moments."""
+        self.adamw.state.clear()
+
 
 def make_optimizers(players: Mapping[str, Player], config: Optim) -> dict[str, PlayerOptimizer]:
     """An optimizer for every player, with the config's overrides.
