@@ -67,9 +67,10 @@ def demo(
 
 @app.command()
 def verify(
-    method: Annotated[str, typer.Argument(help="A registered method; `fewstep methods` lists them.")],
+    method: Annotated[str | None, typer.Argument(help="A registered method; `fewstep methods` lists them.")] = None,
+    every: Annotated[bool, typer.Option("--all", help="Every method at the steps it claims.")] = False,
     mixture: Annotated[Path | None, typer.Option(help="JSON with weights, means, stds, labels or null.")] = None,
-    steps: Annotated[int, typer.Option(min=1, max=8, help="Network evaluations per sample.")] = 1,
+    steps: Annotated[int | None, typer.Option(min=1, max=8, help="Network evaluations per sample.")] = None,
     seed: Seed = 0,
     json: Json = None,
     save_samples: Annotated[Path | None, typer.Option(help="Write student, teacher and exact samples here.")] = None,
@@ -77,7 +78,7 @@ def verify(
     """Distil a closed-form mixture with a method's default config and measure the distance to the exact answer."""
     from fewstep.commands.verify import run
 
-    run(method, mixture, steps, seed, json, save_samples)
+    run(method, every, mixture, steps, seed, json, save_samples)
 
 
 @app.command()

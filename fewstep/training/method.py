@@ -116,6 +116,25 @@ class Setup:
         return self.teacher
 
 
+@dataclass(frozen=True)
+class Claims:
+    """What a method promises of its students, and `fewstep verify` holds it to.
+
+    Attributes:
+        steps: network evaluations per sample at which its students are good; none: it makes teachers.
+        one_student: the training does not depend on `student.steps`; one student serves them all.
+        exact_map: the student follows the teacher's own trajectories, so that its error to the exact flow map counts.
+        guided: the student imitates the guided teacher with one evaluation a step, at the teacher's steps.
+        pairs: it learns from the teacher's stored pairs, and its config has a field `pairs`.
+    """
+
+    steps: tuple[int, ...] = (1, 2, 4)
+    one_student: bool = False
+    exact_map: bool = False
+    guided: bool = False
+    pairs: bool = False
+
+
 class Method(ABC):
     """One published method. Final classes only: families share functions, never a parent other than this one.
 
@@ -125,6 +144,7 @@ class Method(ABC):
         paper: author, year, title, arXiv number.
         needs_teacher: whether it cannot run from data alone.
         few_step: whether its student is sampled in `student.steps` steps; a pretrained network follows an ODE solver.
+        claims: what `fewstep verify` holds it to.
         players: who may train, by name; `student` is always among them.
         averages: weights that follow a player, by name, stepped after each of its turns.
     """
@@ -134,6 +154,7 @@ class Method(ABC):
     paper: ClassVar[str]
     needs_teacher: ClassVar[bool] = True
     few_step: ClassVar[bool] = True
+    claims: ClassVar[Claims] = Claims()
 
     student: NetworkDenoiser
     players: Mapping[str, Player]

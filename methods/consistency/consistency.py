@@ -20,7 +20,7 @@ from fewstep.models.players import Average, Player
 from fewstep.registry import MethodConfig
 from fewstep.rng import Rng
 from fewstep.section import Needs, Range
-from fewstep.training.method import Method, Setup, Terms, Turn
+from fewstep.training.method import Claims, Method, Setup, Terms, Turn
 
 
 class ConsistencyConfig(MethodConfig):
@@ -59,6 +59,7 @@ class Consistency(Method):
     family = "consistency"
     paper = "Song et al. 2023, Consistency Models, arXiv 2303.01469; Luo et al. 2023 (LCM), arXiv 2310.04378"
     needs_teacher = False
+    claims = Claims(one_student=True)
 
     def __init__(self, config: ConsistencyConfig, setup: Setup) -> None:
         if config.teacher and setup.guided is None:

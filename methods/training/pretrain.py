@@ -15,7 +15,7 @@ from fewstep.models.conditioning import Condition
 from fewstep.models.players import Player
 from fewstep.registry import MethodConfig
 from fewstep.rng import Rng
-from fewstep.training.method import Method, Setup, Terms, Turn
+from fewstep.training.method import Claims, Method, Setup, Terms, Turn
 
 
 class PretrainConfig(MethodConfig):
@@ -39,6 +39,7 @@ class Pretrain(Method):
     paper = "Ho et al. 2020, Denoising Diffusion Probabilistic Models, arXiv 2006.11239"
     needs_teacher = False
     few_step = False
+    claims = Claims(steps=())
 
     def __init__(self, config: PretrainConfig, setup: Setup) -> None:
         self.student = setup.student

@@ -1,0 +1,1 @@
+"""Students taught by a discriminator."""

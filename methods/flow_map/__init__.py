@@ -1,0 +1,1 @@
+"""Maps between two times of a teacher's trajectories: average velocities."""

@@ -1,0 +1,1 @@
+"""Guidance folded into one evaluation a step."""

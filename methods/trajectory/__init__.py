@@ -1,0 +1,1 @@
+"""Students of whole trajectories: straightened, halved, or corrected by their own ends."""
