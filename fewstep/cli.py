@@ -115,6 +115,24 @@ def evaluate(
 
 
 @app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of trained runs.")],
+    out: Annotated[Path, typer.Option(help="Folder for leaderboard.md, report.json and grid.png.")] = Path("report"),
+    steps: Annotated[list[int] | None, typer.Option(min=1, help="Step counts; a method's own where left out.")] = None,
+    reference: Annotated[str, typer.Option(help="The real set: a data set's name, or a folder.")] = "emoji32",
+    features: Annotated[str, typer.Option(help="classifier, or efficientnet-lite0 when installed.")] = "classifier",
+    samples: Annotated[int, typer.Option(min=2, help="Images on each side.")] = 1000,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time; no figure depends on it.")] = 100,
+    seed: Seed = 0,
+) -> None:
+    """Compare trained students with their teachers at equal steps, in one table."""
+    from fewstep.commands.evaluate import Request
+    from fewstep.commands.report import run
+
+    run(runs, out, Request("", reference, features, samples, None, None, batch_size, seed), steps or [])
+
+
+@app.command()
 def export(
     source: Annotated[Path, typer.Argument(help="A run's folder.")],
     out: Annotated[Path, typer.Argument(help="The pipeline folder to write.")],

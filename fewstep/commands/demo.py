@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fewstep import __version__
 from fewstep.commands.configs import find
-from fewstep.commands.report import write_json
+from fewstep.commands.json_file import write_json
 from fewstep.commands.train import logged, start
 from fewstep.config import load
 from fewstep.data.emoji import emoji32

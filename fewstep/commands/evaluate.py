@@ -11,7 +11,7 @@ import torch
 import typer
 from torch import Tensor
 
-from fewstep.commands.report import require_writable, write_json
+from fewstep.commands.json_file import require_writable, write_json
 from fewstep.commands.source import Source, open_source
 from fewstep.data.counter import uniforms
 from fewstep.data.samples import Dataset, ImageSet
@@ -19,7 +19,8 @@ from fewstep.data.sources import open_dataset
 from fewstep.diffusion.solvers import Sampler
 from fewstep.errors import UserError
 from fewstep.evaluation.extractors import extractor
-from fewstep.evaluation.images import Scores, reference, score_images
+from fewstep.evaluation.features import Extractor
+from fewstep.evaluation.images import Reference, Scores, reference, score_images
 from fewstep.models.conditioning import Condition
 
 
@@ -76,12 +77,32 @@ def evaluate(request: Request) -> tuple[Sampler, Scores]:
     Raises:
         UserError: a name is not known, or source, reference and features do not fit together.
     """
-    judge = extractor(request.features)
     source = open_source(request.source, request.guidance)
     sampler = source.sampler if request.steps is None else source.sampler_in(request.steps)
-    real = reference(_real(request, source), request.samples, request.seed, judge)
     made = make_images(source, sampler, request.samples, request.batch_size, request.seed)
-    return sampler, score_images(made.images, made.labels, real, judge, made.seconds_per_image)
+    return sampler, Judge.of(request, source)(made)
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A feature network with the features of the real set: made once, for any number of sources."""
+
+    extractor: Extractor
+    real: Reference
+
+    @staticmethod
+    def of(request: Request, source: Source) -> Judge:
+        """For sources such as `source`.
+
+        Raises:
+            UserError: the reference or the features are not known, or do not fit the source.
+        """
+        network = extractor(request.features)
+        return Judge(network, reference(_real(request, source), request.samples, request.seed, network))
+
+    def __call__(self, made: Made) -> Scores:
+        """The scores of what was made."""
+        return score_images(made.images, made.labels, self.real, self.extractor, made.seconds_per_image)
 
 
 def _real(request: Request, source: Source) -> ImageSet:

@@ -12,7 +12,7 @@ import typer
 from safetensors.torch import save_file
 
 from fewstep import registry
-from fewstep.commands.report import require_writable, write_json
+from fewstep.commands.json_file import require_writable, write_json
 from fewstep.commands.verification import Samples, Verdict, verify
 from fewstep.diffusion.gaussian import GaussianMixture, five_modes
 from fewstep.errors import UserError
