@@ -10,7 +10,7 @@ from typing import Annotated, Literal, NoReturn
 import typer
 
 from fewstep import __version__
-from fewstep.errors import UserError
+from fewstep.errors import RunError, UserError
 
 app = typer.Typer(
     name="fewstep",
@@ -178,17 +178,19 @@ def configs() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line: a user's mistake, in a config as in an option, is one line and exit code 2."""
+    """Run the command line: a user's mistake is one line and exit code 2, a failed run 1."""
     try:
         code = app(arguments, standalone_mode=False)
     except UserError as error:
-        _refuse(str(error))
+        _refuse(str(error), 2)
     except typer.TyperException as error:
-        _refuse(error.format_message())
+        _refuse(error.format_message(), 2)
+    except RunError as error:
+        _refuse(str(error), 1)
     else:
         sys.exit(code)
 
 
-def _refuse(message: str) -> NoReturn:
+def _refuse(message: str, code: int) -> NoReturn:
     typer.echo(f"error: {' '.join(message.split())}", err=True)
-    sys.exit(2)
+    sys.exit(code)

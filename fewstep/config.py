@@ -2,22 +2,46 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    Field,
+    SerializeAsAny,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from fewstep import registry
 from fewstep.errors import UserError, did_you_mean
 from fewstep.mistakes import explain
-from fewstep.section import Section, found, mistake_at
+from fewstep.section import Needs, Section, Window, found, mistake_at
 
 MAX_STEPS = 8
 CLOSED_FORM = "mixture"
 """The data set of `fewstep verify`, which brings its teacher along."""
 
 Decay = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _scale_or_range(value: object) -> float | tuple[float, float]:
+    """One line for all that is neither, where pydantic would give one for each alternative."""
+    several = isinstance(value, list | tuple)
+    numbers = [x for x in (value if several else (value,)) if isinstance(x, int | float) and 0 <= x < math.inf]
+    if several and len(value) == len(numbers) == 2 and numbers[0] < numbers[1]:
+        return float(numbers[0]), float(numbers[1])
+    if several or not numbers:
+        raise ValueError(f"a number from 0 up is needed, or two of them, the smaller one first; found {found(value)}")
+    return float(numbers[0])
+
+
+Scales = Annotated[float | tuple[float, float], BeforeValidator(_scale_or_range)]
+"""A guidance scale for all samples, or the range that each takes its own from."""
 
 
 class Run(Section):
@@ -34,8 +58,27 @@ class Teacher(Section):
 
     path: str | None = None
     """An embedded teacher's name, a diffusers pipeline folder, or a hub name. None: the method trains from data."""
-    guidance: float = Field(default=1.0, ge=0)
-    """Guidance scale s of x̂_∅ + s·(x̂_c − x̂_∅); 1 is off."""
+    guidance: Scales = 1.0
+    """Guidance scale s of x̂_∅ + s·(x̂_c − x̂_∅); 1 is off. Two numbers are a range, from which a method that can
+    draws one a sample."""
+    guidance_interval: Window | None = None
+    """The noise levels at which s applies, as shares of the process's range, ends included; it is 1 at all others
+    (Kynkäänniemi et al. 2024, arXiv 2404.07724). None: at all."""
+    negative: int | None = Field(default=None, ge=0)
+    """Number of a class that guidance leads away from, in place of the null condition."""
+    weak: str | None = None
+    """A weaker model of the same data, named as `path` is, whose prediction takes the place of x̂_∅ (autoguidance:
+    Karras et al. 2024, arXiv 2406.02507)."""
+    weak_condition: Annotated[Literal["same", "unconditional"], Needs("weak")] = "same"
+    """What the weak model is told: the sample's own condition, as in autoguidance, or the null one."""
+
+    @model_validator(mode="after")
+    def _negative_is_told(self) -> Self:
+        if self.negative is not None and self.weak is not None and self.weak_condition == "same":
+            raise mistake_at(
+                "negative", f"{self.negative} given; it does nothing with teacher.weak on the same condition"
+            )
+        return self
 
 
 class NewNetwork(Section):
@@ -152,6 +195,9 @@ class Train(Section):
     """Steps between lines of `log.jsonl`."""
     sample_every: int = Field(default=500, ge=0)
     """Steps between sample grids; 0 makes none."""
+    max_bad_steps: int = Field(default=20, ge=1)
+    """Optimizer steps of one player that may follow each other with a gradient that is not finite. Such a step changes
+    nothing; after so many the run stops. Looked at every `log_every` steps."""
     resume: Literal["auto", "never"] = "auto"
     """`auto` goes on from the last checkpoint of the run's folder; `never` refuses a folder that has one."""
     threads: int | None = Field(default=None, ge=1)
@@ -185,8 +231,9 @@ class RunConfig(Section):
         has_teacher = self.teacher.path is not None or self.data.name == CLOSED_FORM
         if not has_teacher and registry.get(self.method.name).needs_teacher:
             raise mistake_at("teacher.path", f"missing; {self.method.name} distils a teacher")
-        if not has_teacher and self.teacher.guidance != Teacher().guidance:
-            raise mistake_at("teacher.guidance", f"{self.teacher.guidance} given, but no teacher.path")
+        for name in Teacher.model_fields if not has_teacher else ():
+            if (value := getattr(self.teacher, name)) != getattr(Teacher(), name):
+                raise mistake_at(f"teacher.{name}", f"{found(value)} given, but no teacher.path")
         if self.data.batch_size % self.train.accumulate:
             text = f"{self.data.batch_size} is no multiple of train.accumulate={self.train.accumulate}"
             raise mistake_at("data.batch_size", text)

@@ -22,7 +22,7 @@ def run(name: str | None) -> None:
 def _list() -> None:
     by_family: dict[str, list[str]] = {}
     for name, cls in registry.methods().items():
-        by_family.setdefault(cls.family, []).append(f"  {name:<14}{_summary(cls)}\n  {'':<14}{cls.paper}")
+        by_family.setdefault(cls.family, []).append(f"  {name:<18}{_summary(cls)}\n  {'':<18}{cls.paper}")
     for family, lines in by_family.items():
         typer.echo(family)
         typer.echo("\n".join(lines))

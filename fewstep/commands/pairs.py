@@ -18,7 +18,7 @@ from fewstep.errors import UserError
 from fewstep.models.conditioning import Condition
 from fewstep.models.denoiser import NetworkDenoiser
 from fewstep.models.guidance import Guided
-from fewstep.training.assemble import open_sources
+from fewstep.training.assemble import guided_teacher, open_sources
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ def run(path: Path, out: Path, overrides: Sequence[str], count: int, solver_step
     teacher = sources.teacher
     if not isinstance(teacher, NetworkDenoiser):
         raise UserError("teacher.path: missing; pairs are made by a teacher")
-    guided = Guided(teacher, teacher.null, config.teacher.guidance)
+    guided = guided_teacher(config.teacher, sources)
+    assert guided is not None
     job = _job(guided, Sampler.of(teacher.process, solver_steps, "ddim"), count, sources.dataset.shape, seed)
     made = []
     console = Console(stderr=True)

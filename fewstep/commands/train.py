@@ -12,8 +12,9 @@ import typer
 
 from fewstep.commands.configs import find
 from fewstep.commands.pictures import sample_grid
+from fewstep.commands.signals import Signals
 from fewstep.config import RunConfig, load
-from fewstep.errors import UserError
+from fewstep.errors import RunError, UserError
 from fewstep.training import checkpoint
 from fewstep.training.assemble import assemble, make_accelerator, open_sources
 from fewstep.training.loop import Report, TrainState, train
@@ -42,25 +43,38 @@ def start(config: RunConfig) -> TrainState:
         raise UserError(
             f"run.dir: {config.run.dir} holds {found[-1].name}; resume with train.resume=auto, or change it"
         )
-    if found:
-        checkpoint.restore(found[-1], state)
-        if accelerator.is_main_process:
-            typer.echo(f"resumed from {found[-1]}")
+    told = typer.echo if accelerator.is_main_process else _silent
+    resumed = checkpoint.restore_last(config.run.dir / CHECKPOINTS, state, lambda text: told(f"warning: {text}"))
+    if resumed is not None:
+        told(f"resumed from {resumed}")
     return state
 
 
+def _silent(_text: str) -> None:
+    """What the other processes say."""
+
+
 def logged(state: TrainState) -> Iterator[Report]:
-    """Train to the end, with log, progress bar, sample grids and checkpoints at their cadence."""
+    """Train to the end, with log, progress bar, sample grids and checkpoints at their cadence.
+
+    Raises:
+        RunError: a signal asked the run to stop, and it has saved where it was; or gradients stay non-finite.
+    """
     config, main = state.config, state.accelerator.is_main_process
     if main:
         write_config(config)
     log = Log(config.run.dir, state.step) if main else None
     try:
-        with _Progress(state) as advance:
+        with _Progress(state) as advance, Signals() as signals:
             for report in train(state):
-                if log is not None and _due(report.step, config.train.log_every, config):
-                    log.write(report, report.step * config.data.batch_size)
+                if _due(report.step, config.train.log_every, config):
+                    if log is not None:
+                        log.write(report, report.step * config.data.batch_size)
+                    refuse_bad_steps(state)
                 advance(report)
+                if signals.agreed(state, report.step):
+                    save(state)
+                    raise RunError(f"{signals.name}: saved at step {report.step}; the same command goes on from there")
                 if main and config.train.sample_every and _due(report.step, config.train.sample_every, config):
                     sample_grid(state, config.run.dir / "samples" / f"step-{report.step:08d}.png")
                 if _due(report.step, config.train.checkpoint_every, config):
@@ -76,6 +90,23 @@ def save(state: TrainState) -> None:
     if state.accelerator.is_main_process:
         checkpoint.save(state.config.run.dir / CHECKPOINTS, state)
     state.accelerator.wait_for_everyone()
+
+
+def refuse_bad_steps(state: TrainState) -> None:
+    """Stop a run whose gradients are not finite any more; this waits for the device.
+
+    Raises:
+        RunError: a player's last `train.max_bad_steps` steps were all left out.
+    """
+    limit = state.config.train.max_bad_steps
+    for name, optimizer in state.optimizers.items():
+        streak = int(optimizer.skips.streak)
+        if streak >= limit:
+            raise RunError(
+                f"the gradient of {name} has not been finite for {streak} of its steps, up to step {state.step}; "
+                f"lower optim.lr or optim.players.{name}.lr, or use train.precision=fp32, and start again from the "
+                f"last checkpoint in {state.config.run.dir / CHECKPOINTS}"
+            )
 
 
 def write_config(config: RunConfig) -> None:

@@ -144,7 +144,11 @@ def _make_pairs(config: RunConfig, mixture: GaussianMixture, teacher: ExactDenoi
 
 
 def warm_network(mixture: GaussianMixture, teacher: ExactDenoiser, seed: int) -> NetworkDenoiser:
-    """A small network that predicts what the exact teacher does: the pretrained model every method starts from."""
+    """A small network that predicts what the exact teacher does: the pretrained model every method starts from.
+
+    A tenth of its samples are pure noise, where every sampler starts and uniform times never come; an eighth have lost
+    their label.
+    """
     mean = tuple(float(m) for m in mixture.mean)
     network = VectorNetwork(VectorConfig(mixture.dim, mixture.n_classes or 0, mean, mixture.std))
     denoiser = make_denoiser(network, Schedule(Flow(), Kind.VELOCITY))
@@ -154,8 +158,12 @@ def warm_network(mixture: GaussianMixture, teacher: ExactDenoiser, seed: int) ->
     generator, data = torch.Generator().manual_seed(seed), MixtureSet(mixture, seed + 1)
     for step in range(WARM_STEPS):
         batch = data.batch(range(step * 512, (step + 1) * 512))
-        condition = Condition.none() if batch.labels is None else Condition.of_labels(batch.labels)
         t = torch.rand(512, generator=generator)
+        t[:51] = 1.0
+        condition = Condition.none()
+        if batch.labels is not None and mixture.n_classes is not None:
+            dropped = torch.rand(512, generator=generator) < 0.125
+            condition = Condition.of_labels(batch.labels.where(~dropped, mixture.n_classes))
         x_t = Flow().add_noise(batch.images, torch.randn(batch.images.shape, generator=generator), t)
         loss = (denoiser(x_t, t, condition).velocity - teacher(x_t, t, condition).velocity).square().mean()
         optimizer.zero_grad()

@@ -49,12 +49,25 @@ class Pairs:
         """
         if not weight:
             return None
+        return Pairs.required(path, example, "method.regression_weight")
+
+    @staticmethod
+    def required(path: Path | None, example: Batch, needed_by: str) -> Pairs:
+        """The pairs of a file, for what a config's user knows as `needed_by`.
+
+        Raises:
+            UserError: no file is given, it cannot be read, its samples are of another shape than the data, or they
+                have no labels where the data has, or the other way round.
+        """
         if path is None:
-            raise UserError("method.pairs: missing; method.regression_weight needs the file that `fewstep pairs` makes")
+            raise UserError(f"method.pairs: missing; {needed_by} needs the file that `fewstep pairs` makes")
         stored = load_pairs(path)
         if stored.x0.shape[1:] != example.x.shape[1:]:
             found, needed = tuple(stored.x0.shape[1:]), tuple(example.x.shape[1:])
             raise UserError(f"method.pairs: {path} holds samples of shape {found}, the data's are {needed}")
+        if (stored.condition.labels is None) != (example.condition.labels is None):
+            has, lacks = ("the data", path) if stored.condition.labels is None else (path, "the data")
+            raise UserError(f"method.pairs: {has} has class labels, {lacks} has none; make pairs with the run's config")
         return Pairs(stored, example.x.device)
 
     def draw(self, rng: Rng, batch: int) -> Pair:

@@ -56,9 +56,10 @@ def forward_derivative(
 ) -> Tangent:
     """The same by forward-mode differentiation, inside the caller's graph, so that the slope can be trained.
 
-    Attention runs on its plain kernel, the only one with a forward derivative. A fused layer norm has a wrong second
+    Attention runs on its plain kernel, the only one with a forward derivative, and mixed precision is off, under which
+    a convolution may be given values and slopes of two precisions. A fused layer norm has a wrong second
     derivative, without an error: train slopes inside `arithmetic_layer_norm()` alone.
     """
-    with sdpa_kernel(SDPBackend.MATH):
-        value, slope = torch.func.jvp(function, at, direction)
-    return Tangent(value, slope)
+    with sdpa_kernel(SDPBackend.MATH), torch.autocast(at[0].device.type, enabled=False):
+        both = torch.func.jvp(function, at, direction)
+    return Tangent(both[0], both[1])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from fewstep.diffusion.prediction import Prediction, at_least_float32
-from fewstep.diffusion.process import expand
+from fewstep.diffusion.process import Process, expand
 from fewstep.errors import UserError, did_you_mean
 
 Weight = Literal["dmd", "none"]
@@ -39,6 +39,14 @@ def dmd_weight(x_hat: Tensor, real: Tensor, eps: float = 1e-6) -> Tensor:
     """
     gap = (at_least_float32(x_hat) - at_least_float32(real)).abs()
     return 1 / expand(gap.flatten(1).mean(1).clamp_min(eps), gap)
+
+
+def vsd_weight(process: Process, t: Tensor) -> Tensor:
+    """α_t·σ_t of each sample, `(B,)`: it turns the direction into VSD's σ_t²·(ε̂^real − ε̂^fake).
+
+    That is variational score distillation with ω(t) = σ_t² (SwiftBrush, arXiv 2312.05239; code `train_swiftbrush.py`).
+    """
+    return process.alpha(t) * process.sigma(t)
 
 
 def uniform(x_hat: Tensor, real: Tensor) -> Tensor:
@@ -70,7 +78,8 @@ def distribution_matching(
         fake: prediction of the student's own score at a re-noised x̂.
         real: the teacher's at the same place.
         weight: ω; "dmd" is `dmd_weight`, "none" is 1.
-        ratio: `(B,)` h, one factor per sample (f-distill, arXiv 2502.15681); None is 1, the reverse KL.
+        ratio: `(B,)` h, one factor per sample: a density ratio (f-distill, arXiv 2502.15681), or a weight of its noise
+            level (`vsd_weight`); None is 1, the reverse KL.
 
     Raises:
         UserError: an unknown `weight`.

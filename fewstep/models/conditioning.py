@@ -14,6 +14,8 @@ SCALARS = "scalars."
 """How the keys of scalars begin: inputs `(B,)` that were added to the network (`fewstep.models.graft`)."""
 SPAN = "span"
 """The scalar of two-time networks: flow time t_F = σ/(α+σ) at the start of a jump minus that at its end."""
+STEP = "step"
+"""The scalar of a fake score: which step of the student made the sample, counted from 0."""
 NATIVE_SCALE = "timestep_cond"
 """The embedded guidance scale of a UNet2DConditionModel."""
 

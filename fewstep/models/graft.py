@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -76,11 +76,17 @@ class Graft:
 
 
 class GraftedEmbedding(nn.Module):
-    """A time embedding plus embeddings of scalars, each exactly zero until it is trained."""
+    """A time embedding plus embeddings of scalars, each exactly zero until it is trained.
+
+    In a state dict the base keeps the names that it has without a graft, so that the file of a grafted network is that
+    of its class with `second.*` keys beside the others.
+    """
 
     def __init__(self, base: nn.Module, scalars: Scalars) -> None:
         super().__init__()
         self.base, self.second, self.scalars = base, nn.ModuleDict(), scalars
+        self.register_state_dict_post_hook(_base_goes_unnamed)
+        self.register_load_state_dict_pre_hook(_base_is_named)
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
         """What the base says `(B, D)`, and the embeddings of the scalars that the pass is told."""
@@ -88,6 +94,21 @@ class GraftedEmbedding(nn.Module):
         for name, value in self.scalars.values.items():
             out = out + self.second[name](value).to(out.dtype)
         return out
+
+
+def _base_goes_unnamed(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    _rename(state, prefix, lambda rest: rest.removeprefix("base."))
+
+
+def _base_is_named(module: nn.Module, state: dict[str, Any], prefix: str, *others: Any) -> None:
+    _rename(state, prefix, lambda rest: rest if rest.startswith("second.") else f"base.{rest}")
+
+
+def _rename(state: dict[str, Any], prefix: str, renamed: Callable[[str], str]) -> None:
+    """What follows `prefix`, in place; keys keep their order."""
+    for key in list(state):
+        name = prefix + renamed(key.removeprefix(prefix)) if key.startswith(prefix) else key
+        state[name] = state.pop(key)
 
 
 class ScalarEmbedding(nn.Module):

@@ -1,8 +1,9 @@
-"""Guidance of a teacher: x̂ = x̂_∅ + s·(x̂_c − x̂_∅), with both predictions in one batched pass."""
+"""Guidance of a teacher: x̂ = x̂_ref + s·(x̂ − x̂_ref), where the reference is told less, or is a weaker model."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -12,51 +13,136 @@ from fewstep.diffusion.process import Process, expand
 from fewstep.diffusion.solvers import Denoiser
 from fewstep.errors import UserError
 from fewstep.models.conditioning import Condition
+from fewstep.rng import Rng
+
+WeakCondition = Literal["same", "unconditional"]
 
 
 @dataclass(frozen=True)
 class Guided:
-    """A denoiser under classifier-free guidance (Ho & Salimans 2022, in the convention that s = 1 is off).
+    """A denoiser under guidance, in the convention that s = 1 is off.
+
+    The reference is the same denoiser under the null condition (classifier-free guidance, Ho & Salimans 2022,
+    arXiv 2207.12598) or under a negative one, or a weaker model of the same data (Karras et al. 2024,
+    arXiv 2406.02507).
 
     Attributes:
         denoiser: predicts with and without the condition.
-        null: the null condition, of one sample; needed for every scale but 1.
-        scale: s, one for all or one a sample `(B,)`.
+        null: the null condition, of one sample; needed for every scale but 1, unless there is a weak model.
+        scale: s, one for all or one a sample `(B,)`, or the range that `drawn` takes one a sample from.
+        interval: the noise levels that s applies at, ends included, as fractions of the process's scale
+            (`Process.at`); s is 1 at all others (Kynkäänniemi et al. 2024, arXiv 2404.07724). None: at all.
+        weak: a model whose prediction is the reference; None: the denoiser itself.
+        weak_condition: what the weak model is told: the sample's condition (autoguidance), or what takes the null one's
+            place.
+        negative: a condition of one sample that guidance leads away from, in place of the null condition.
 
     Raises:
-        UserError: a scale other than 1 without a null condition.
+        UserError: a scale other than 1 without a reference.
     """
 
     denoiser: Denoiser
     null: Condition | None
-    scale: float | Tensor = 1.0
+    scale: float | tuple[float, float] | Tensor = 1.0
+    interval: tuple[float, float] | None = None
+    weak: Denoiser | None = None
+    weak_condition: WeakCondition = "same"
+    negative: Condition | None = None
 
     def __post_init__(self) -> None:
-        if self.null is None and not self._off():
+        if self._needs_null() and self._told_less is None and not self._off():
             raise UserError(f"teacher.guidance: {self.scale} needs a conditional teacher; this one takes 1.0 only")
+
+    def _needs_null(self) -> bool:
+        return self.weak is None or self.weak_condition == "unconditional"
 
     def _off(self) -> bool:
         return not isinstance(self.scale, Tensor) and self.scale == 1.0
+
+    @property
+    def _told_less(self) -> Condition | None:
+        return self.null if self.negative is None else self.negative
 
     @property
     def process(self) -> Process:
         """The denoiser's."""
         return self.denoiser.process
 
-    def at(self, scale: Tensor) -> Guided:
-        """The same teacher under other scales, one a sample `(B,)`."""
+    def at(self, scale: float | Tensor) -> Guided:
+        """The same teacher under another scale, or one a sample `(B,)`."""
         return replace(self, scale=scale)
+
+    def ranged(self, scales: tuple[float, float]) -> Guided:
+        """The same teacher with the range that a method's own `guidance_range` states.
+
+        Raises:
+            UserError: the teacher cannot be guided, or has been given a scale besides.
+        """
+        if not self._off():
+            raise UserError(f"teacher.guidance: {self.scale} given; the scales come from method.guidance_range here")
+        if self._needs_null() and self._told_less is None:
+            raise UserError("method.guidance_range: guidance comes from a conditional teacher, and this run has none")
+        return replace(self, scale=scales)
+
+    def drawn(self, rng: Rng, batch: int) -> Guided:
+        """The same teacher, its scales `(B,)` uniform in its range; itself, with nothing drawn, where it has none.
+
+        Draw once for a loss, so that all its evaluations of a sample agree.
+        """
+        if not isinstance(self.scale, tuple):
+            return self
+        low, high = self.scale
+        return self.at(low + (high - low) * rng.uniform(batch))
 
     def __call__(self, x_t: Tensor, t: Tensor, condition: Condition) -> Prediction:
         """The guided prediction at `x_t` `(B, *)` and times `t` `(B,)`.
 
-        Guidance is the same in every linear parametrisation, so it acts on the network's own output.
+        Guidance is the same in every linear parametrisation, so it acts on the network's own output. Outside the
+        interval that is the denoiser's own, to the bit; the reference is then left out only where looking costs
+        nothing, on a CPU.
+
+        Raises:
+            UserError: the scale is a range, and none was drawn from it.
         """
-        if self._off():
+        scale = self._settled()
+        inside = self._inside(t)
+        nowhere = inside is not None and t.device.type == "cpu" and not bool(inside.any())
+        if self._off() or nowhere:
             return self.denoiser(x_t, t, condition)
-        assert self.null is not None
-        both = Condition.cat([condition, condition.nulled(self.null, len(x_t))])
+        out, reference = self._both(x_t, t, condition)
+        s = expand(scale, x_t) if isinstance(scale, Tensor) else scale
+        value = reference + s * (out.value - reference)
+        if inside is not None:
+            value = torch.where(expand(inside, value), value, out.value)
+        return replace(out, value=value)
+
+    def _settled(self) -> float | Tensor:
+        if isinstance(self.scale, tuple):
+            low, high = self.scale
+            raise UserError(
+                f"teacher.guidance: [{low:g}, {high:g}] is a scale for each sample, and only some methods draw one; "
+                "give a number here"
+            )
+        return self.scale
+
+    def _inside(self, t: Tensor) -> Tensor | None:
+        """Whether s applies, `(B,)`; None where it does everywhere."""
+        if self.interval is None:
+            return None
+        low, high = (self.process.at(torch.full_like(t[:1].detach(), fraction)) for fraction in self.interval)
+        return (t >= low) & (t <= high)
+
+    def _both(self, x_t: Tensor, t: Tensor, condition: Condition) -> tuple[Prediction, Tensor]:
+        """The denoiser's own prediction and the reference `(B, *)` in the same parametrisation."""
+        told_less = self._told_less
+        if self.weak is not None:
+            out = self.denoiser(x_t, t, condition)
+            if self.weak_condition == "unconditional":
+                assert told_less is not None
+                condition = condition.nulled(told_less, len(x_t))
+            return out, self.weak(x_t, t, condition).as_kind(out.kind)
+        assert told_less is not None
+        both = Condition.cat([condition, condition.nulled(told_less, len(x_t))])
         out = self.denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), both)
         conditional, unconditional = out.value.chunk(2)
-        s = expand(self.scale, x_t) if isinstance(self.scale, Tensor) else self.scale
-        return Prediction(out.process, x_t, t, unconditional + s * (conditional - unconditional), out.kind)
+        return Prediction(out.process, x_t, t, conditional, out.kind), unconditional

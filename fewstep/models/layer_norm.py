@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from fewstep.diffusion.prediction import at_least_float32
+
 
 class arithmetic_layer_norm(TorchFunctionMode):
     """Inside, `layer_norm` is computed from means and products, whose second derivatives are right.
@@ -20,10 +22,10 @@ class arithmetic_layer_norm(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Sequence[type], args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
-        kwargs: Mapping[str, Any] = kwargs or {}
+        words: Mapping[str, Any] = kwargs or {}
         if func is torch.nn.functional.layer_norm:
-            return _layer_norm(*args, **kwargs)
-        return func(*args, **kwargs)
+            return _layer_norm(*args, **words)
+        return func(*args, **words)
 
 
 def _layer_norm(
@@ -33,8 +35,8 @@ def _layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    axes = tuple(range(-len(normalized_shape), 0))
-    centred = input - input.mean(axes, keepdim=True)
+    axes, x = tuple(range(-len(normalized_shape), 0)), at_least_float32(input)  # the fused kernel's precision
+    centred = x - x.mean(axes, keepdim=True)
     out = centred * (centred.square().mean(axes, keepdim=True) + eps).rsqrt()
     out = out if weight is None else out * weight
-    return out if bias is None else out + bias
+    return (out if bias is None else out + bias).to(input.dtype)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fewstep.errors import UserError, did_you_mean
+from fewstep.models.families import Family
 
 
 class FeatureTap:
@@ -57,6 +58,20 @@ class FeatureTap:
         for handle in self._handles:
             handle.remove()
         self._features = {}
+
+
+def block_names(network: nn.Module, family: Family) -> tuple[str, ...]:
+    """Every block of a network, in the order they run in: the taps of LADD, one head each.
+
+    A network whose family lists no blocks gives the parts of its bottleneck.
+    """
+    middle = family.tap(network)
+    lists = family.compute_blocks or (middle,)
+    names = [f"{place}.{i}" for place in lists for i, _ in enumerate(network.get_submodule(place).children())]
+    if middle in names or not family.compute_blocks:
+        return tuple(names)
+    first_up = next((i for i, name in enumerate(names) if name.startswith("up")), len(names))
+    return (*names[:first_up], middle, *names[first_up:])
 
 
 def _last_tensor(name: str, output: Any) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from fewstep import registry
-from fewstep.config import RunConfig
+from fewstep.config import RunConfig, Teacher
 from fewstep.data.batch import Batch
 from fewstep.data.loader import Loader
 from fewstep.data.samples import Unlabelled
@@ -19,11 +19,13 @@ from fewstep.diffusion.process import same_process
 from fewstep.diffusion.solvers import Denoiser
 from fewstep.errors import UserError
 from fewstep.models.compile import compile_network
+from fewstep.models.conditioning import Condition
 from fewstep.models.denoiser import NetworkDenoiser
 from fewstep.models.guidance import Guided
 from fewstep.models.load import Shape, load_denoiser, new_denoiser
 from fewstep.models.players import Average
 from fewstep.rng import Rng
+from fewstep.section import found
 from fewstep.training.loop import TrainState
 from fewstep.training.method import Method, Setup
 from fewstep.training.optim import make_optimizers
@@ -33,11 +35,19 @@ EMA = "ema"
 
 @dataclass(frozen=True)
 class Sources:
-    """Where a run starts: its data, its frozen teacher (None: learn from data), and the student's first weights."""
+    """Where a run starts.
+
+    Attributes:
+        dataset: what it learns from.
+        teacher: frozen; None: it learns from the data alone.
+        student: with its first weights.
+        weak: the model that the teacher is guided by, where that is not the teacher itself.
+    """
 
     dataset: Dataset
     teacher: Denoiser | None
     student: NetworkDenoiser
+    weak: Denoiser | None = None
 
 
 def open_sources(config: RunConfig, device: torch.device | str = "cpu") -> Sources:
@@ -53,7 +63,37 @@ def open_sources(config: RunConfig, device: torch.device | str = "cpu") -> Sourc
     for name, denoiser in (("teacher", teacher), ("student", student)):
         if denoiser is not None:
             _check_fit(name, denoiser, dataset)
-    return Sources(dataset if student.null is not None else Unlabelled(dataset), teacher, student)
+    weak = _weak_teacher(config.teacher.weak, teacher, device)
+    return Sources(dataset if student.null is not None else Unlabelled(dataset), teacher, student, weak)
+
+
+def _weak_teacher(
+    path: str | None, teacher: NetworkDenoiser | None, device: torch.device | str
+) -> NetworkDenoiser | None:
+    if path is None or teacher is None:
+        return None
+    try:
+        weak = load_denoiser(path, device)
+    except UserError as error:
+        raise UserError(str(error).replace("teacher.path:", "teacher.weak:")) from error
+    if not same_process(weak.process, teacher.process):
+        raise UserError(f"teacher.weak: the noise schedule of {path} is another than the teacher's; they must agree")
+    for what, (its, ours) in {
+        "classes": (_classes(weak), _classes(teacher)),
+        "channels": (_channels(weak), _channels(teacher)),
+    }.items():
+        if its != ours:
+            raise UserError(f"teacher.weak: {path} has {its or 'no'} {what}, the teacher {ours or 'none'}; "
+                            "they must agree")  # fmt: skip
+    return weak
+
+
+def _classes(denoiser: NetworkDenoiser) -> int:
+    return 0 if denoiser.null is None or denoiser.null.labels is None else int(denoiser.null.labels)
+
+
+def _channels(denoiser: NetworkDenoiser) -> int | None:
+    return getattr(denoiser.network, "config", {}).get("in_channels")
 
 
 def _first_student(
@@ -89,7 +129,7 @@ def _seeded(seed: int) -> Iterator[None]:
 
 
 def _check_fit(name: str, denoiser: NetworkDenoiser, dataset: Dataset) -> None:
-    channels = getattr(denoiser.network, "config", {}).get("in_channels")
+    channels = _channels(denoiser)
     if channels is not None and channels != dataset.shape[0]:
         raise UserError(f"data.name: samples have {dataset.shape[0]} channels, the {name} takes {channels}")
     if denoiser.null is None or denoiser.null.labels is None:
@@ -106,14 +146,44 @@ def build_method(config: RunConfig, sources: Sources) -> Method:
     cls = registry.get(config.method.name)
     if cls.needs_teacher and sources.teacher is None:
         raise UserError(f"teacher.path: missing; {config.method.name} distils a teacher")
-    guided = None
-    if sources.teacher is not None:
-        guided = Guided(sources.teacher, getattr(sources.teacher, "null", None), config.teacher.guidance)
+    guided = guided_teacher(config.teacher, sources)
     setup = Setup(sources.student, sources.teacher, guided, config.student.steps, config.train.steps,
                   _example(sources))  # fmt: skip
     method = cls(config.method, setup)
+    _refuse_idle_guidance(config.teacher, method)
     method.averages = {**method.averages, EMA: Average.of(method.players["student"], config.train.ema)}
     return method
+
+
+def guided_teacher(config: Teacher, sources: Sources) -> Guided | None:
+    """The run's teacher under its guidance; None where there is no teacher.
+
+    Raises:
+        UserError: the teacher cannot be guided so.
+    """
+    if sources.teacher is None:
+        return None
+    null = getattr(sources.teacher, "null", None)
+    negative = None if config.negative is None else _negative(config.negative, null)
+    return Guided(sources.teacher, null, config.guidance, config.guidance_interval, sources.weak,
+                  config.weak_condition, negative)  # fmt: skip
+
+
+def _negative(label: int, null: Condition | None) -> Condition:
+    if null is None or null.labels is None:
+        raise UserError(f"teacher.negative: {label} given, but the teacher has no classes")
+    if label >= int(null.labels):
+        raise UserError(f"teacher.negative: {label} given; the teacher's classes are 0 to {int(null.labels) - 1}")
+    return Condition.of_labels(torch.full_like(null.labels, label))
+
+
+def _refuse_idle_guidance(config: Teacher, method: Method) -> None:
+    """What says how to guide does nothing at scale 1, unless the student takes scales of its own."""
+    if config.guidance != 1.0 or method.student.guidance_range is not None:
+        return
+    for name in ("guidance_interval", "negative", "weak"):
+        if (value := getattr(config, name)) is not None:
+            raise UserError(f"teacher.{name}: {found(value)} given; teacher.guidance=1 is off, so it does nothing")
 
 
 def _example(sources: Sources) -> Batch:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ _FREE_TO_CHANGE = (
     "train.keep_last",
     "train.log_every",
     "train.sample_every",
+    "train.max_bad_steps",
     "train.resume",
     "train.threads",
     "train.accumulate",
@@ -74,11 +75,31 @@ def list_checkpoints(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob(f"{_PREFIX}*") if (p / STATE).is_file())
 
 
-def restore(checkpoint: Path, state: TrainState) -> None:
-    """Put a checkpoint's every tensor and counter into a freshly assembled state.
+def restore_last(folder: Path, state: TrainState, warn: Callable[[str], None]) -> Path | None:
+    """Restore the newest checkpoint of a folder that is whole, telling of those that are not; None where there is none.
 
     Raises:
-        UserError: a file is damaged, or the run's config differs where it decides the result.
+        UserError: there are checkpoints and all are damaged, or the run's config is another.
+    """
+    found = list_checkpoints(folder)
+    for checkpoint in reversed(found):
+        try:
+            restore(checkpoint, state)
+        except Damaged as error:
+            if checkpoint == found[0]:
+                raise Damaged(f"{error}, and no other is whole; remove {folder} to start the run anew") from error
+            warn(f"{error}; going back to the one before")
+        else:
+            return checkpoint
+    return None
+
+
+def restore(checkpoint: Path, state: TrainState) -> None:
+    """Put a checkpoint's every tensor and counter into a freshly assembled state; all or nothing.
+
+    Raises:
+        Damaged: a file is not what was written.
+        UserError: the run's config differs where it decides the result.
     """
     facts = _read_facts(checkpoint)
     _refuse_other_config(checkpoint, facts["config"], state.config)
@@ -146,8 +167,7 @@ def _restore_optimizer(optimizer: PlayerOptimizer, tensors: Mapping[str, Tensor]
         kind, name = key.split("/", 1)
         parameter = parameters[name]
         if kind == "step":
-            # Only the fused kernel, which runs on the device, counts there.
-            value = value.to(parameter.device) if optimizer.adamw.defaults["fused"] else value
+            value = value.to(parameter.device)  # where the fused kernel counts
         else:
             value = torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)
         state[parameter][kind] = value
@@ -166,8 +186,12 @@ def _read_facts(checkpoint: Path) -> dict[str, Any]:
         raise _damaged(checkpoint / STATE) from error
 
 
-def _damaged(path: Path) -> UserError:
-    return UserError(f"{path}: damaged or missing; remove {path.parent} to go on from the checkpoint before it")
+class Damaged(UserError):
+    """A checkpoint whose files are not what was written."""
+
+
+def _damaged(path: Path) -> Damaged:
+    return Damaged(f"{path}: damaged or missing; {path.parent} cannot be used")
 
 
 def _load_checked(path: Path, digest: str) -> dict[str, Tensor]:

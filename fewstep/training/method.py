@@ -17,6 +17,7 @@ from fewstep.errors import UserError
 from fewstep.models.denoiser import NetworkDenoiser
 from fewstep.models.guidance import Guided
 from fewstep.models.players import Average, Player
+from fewstep.models.rollout import hears_step
 from fewstep.registry import MethodConfig
 from fewstep.rng import Rng
 
@@ -96,14 +97,17 @@ class Setup:
     def fake_score(self, lora: int | None) -> NetworkDenoiser:
         """A trainable score of the student's samples: a copy of the teacher, or a LoRA on its frozen weights.
 
-        Of a closed-form teacher the student's first weights are the copy: they were fitted to it.
+        Of a closed-form teacher the student's first weights are the copy: they were fitted to it. Of a student of
+        several steps, a copy is given an input for the step that made a sample (`Rolled.told`); a LoRA has no place for
+        one, and judges all steps' samples as one distribution.
 
         Raises:
             UserError: a LoRA on a teacher that is no network.
         """
         if lora is not None:
             return self.frozen_teacher().lora_view("fake_score", lora)
-        return self.teacher.copy() if isinstance(self.teacher, NetworkDenoiser) else self.student.copy()
+        copied = self.teacher.copy() if isinstance(self.teacher, NetworkDenoiser) else self.student.copy()
+        return hears_step(copied) if self.steps > 1 and copied.family.time_embedding else copied
 
     def frozen_teacher(self) -> NetworkDenoiser:
         """The teacher as a network, for adapters and features.

@@ -14,7 +14,25 @@ from fewstep.config import Optim, PlayerOptim
 from fewstep.errors import UserError, did_you_mean
 from fewstep.models.players import Player
 
-FUSED = ("cpu", "cuda")  # one pass over the weights: three times as fast as foreach on a CPU too
+
+@dataclass
+class Skips:
+    """Steps that were left out because a gradient was not finite, counted on the device.
+
+    Attributes:
+        total: `()` of this process's run.
+        streak: `()` the latest ones without a good one between.
+    """
+
+    total: Tensor
+    streak: Tensor
+
+    def note(self, norm: Tensor) -> Tensor:
+        """Count a step by its gradient's norm; 1 where it is not finite, else 0, as the fused optimizer takes it."""
+        bad = (~norm.isfinite()).float()
+        self.total += bad
+        self.streak = (self.streak + 1) * bad
+        return bad
 
 
 @dataclass(frozen=True)
@@ -24,14 +42,20 @@ class PlayerOptimizer:
     player: Player
     adamw: torch.optim.AdamW
     lr: float
+    skips: Skips
 
     def step(self, factor: float, clip: float | None) -> Tensor:
-        """Average the gradients over processes, clip, step at `factor` × the peak rate; the norm before clipping."""
+        """Average the gradients over processes, clip, step at `factor` × the peak rate; the norm before clipping.
+
+        A gradient that is not finite moves nothing: neither weights nor moments, and the host does not wait to know.
+        """
         parameters = [p for p in self.player.parameters.values() if p.grad is not None]
         average_gradients(parameters)
         norm = torch.nn.utils.clip_grad_norm_(parameters, clip if clip is not None else math.inf, foreach=True)
         for group in self.adamw.param_groups:
             group["lr"] = self.lr * factor
+        # What torch's gradient scalers use: the fused kernel reads it on the device.
+        self.adamw.found_inf = self.skips.note(norm)  # pyright: ignore[reportAttributeAccessIssue]
         self.adamw.step()
         self.adamw.zero_grad(set_to_none=True)
         return norm
@@ -58,11 +82,9 @@ def _make(player: Player, config: Optim, own: PlayerOptim) -> PlayerOptimizer:
     lr = own.lr if own.lr is not None else config.lr
     decay = own.weight_decay if own.weight_decay is not None else config.weight_decay
     parameters = list(player.parameters.values())
-    fused = all(p.device.type in FUSED for p in parameters)
-    adamw = torch.optim.AdamW(
-        parameters, lr=lr, betas=config.betas, eps=config.eps, weight_decay=decay, fused=fused, foreach=not fused
-    )
-    return PlayerOptimizer(player, adamw, lr)
+    adamw = torch.optim.AdamW(parameters, lr=lr, betas=config.betas, eps=config.eps, weight_decay=decay, fused=True)
+    zero = torch.zeros((), device=parameters[0].device)
+    return PlayerOptimizer(player, adamw, lr, Skips(zero, zero.clone()))
 
 
 def lr_factor(config: Optim, step: int, steps: int) -> float:

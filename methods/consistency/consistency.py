@@ -89,17 +89,19 @@ class Consistency(Method):
         scale = self._scale(rng, len(batch.x))
         condition = batch.condition if scale is None else with_guidance(batch.condition, scale, self.student)
         with torch.no_grad():
-            x_s = self._cleaner(x_t, batch, noise, pair, scale)
+            x_s = self._cleaner(x_t, batch, noise, pair, scale, rng)
             target = self._f(self.target, x_s, pair.s, condition)
         output = self._f(self.student, x_t, pair.t, condition)
         return Terms({"consistency": self._distance(output, target).mean()})
 
-    def _cleaner(self, x_t: Tensor, batch: Batch, noise: Tensor, pair: TimePair, scale: Tensor | None) -> Tensor:
+    def _cleaner(
+        self, x_t: Tensor, batch: Batch, noise: Tensor, pair: TimePair, scale: Tensor | None, rng: Rng
+    ) -> Tensor:
         """The state at s on the trajectory through x_t."""
         if not self.config.teacher:
             return self.student.process.add_noise(batch.x, noise, pair.s)
         assert self.guided is not None
-        guided = self.guided if scale is None else self.guided.at(scale)
+        guided = self.guided.drawn(rng, len(x_t)) if scale is None else self.guided.at(scale)
         return teacher_step(guided, x_t, pair.t, pair.s, batch.condition, self.config.solver)
 
     def _f(self, denoiser: Denoiser, x: Tensor, t: Tensor, condition: Condition) -> Tensor:

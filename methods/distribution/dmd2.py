@@ -22,7 +22,7 @@ from fewstep.losses.denoising import denoising
 from fewstep.losses.score import Weight, distribution_matching
 from fewstep.models.discriminator import Discriminator
 from fewstep.models.players import Player
-from fewstep.models.rollout import backward_simulation, from_noised_data, one_step
+from fewstep.models.rollout import Rolled, backward_simulation, from_noised_data, one_step
 from fewstep.registry import MethodConfig
 from fewstep.rng import Rng
 from fewstep.section import Needs, Window
@@ -83,9 +83,8 @@ class DMD2(Method):
         self.discriminator = self._discriminator(setup) if config.gan_weight else None
         if self.discriminator is not None:
             self.players["discriminator"] = Player.of(self.discriminator.heads)
-        process = self.student.process
-        self.times = self.sampler(config, process, setup.steps).times
-        self.all_times, self.run_steps = Uniform(process), setup.run_steps
+        self.times = self.sampler(config, self.student.process, setup.steps).times
+        self.all_times, self.run_steps = Uniform(self.student.process), setup.run_steps
         self.pairs = Pairs.open(config.pairs, config.regression_weight, setup.example)
 
     def _discriminator(self, setup: Setup) -> Discriminator:
@@ -103,12 +102,12 @@ class DMD2(Method):
 
     def student_loss(self, batch: Batch, rng: Rng, judged_at: Uniform) -> Terms:
         """Distribution matching (DMD, eq. 7), with the adversarial and the regression term where asked for."""
-        x_hat = self._rollout(batch, rng)
-        t = judged_at(rng.uniform(len(x_hat)))
+        made = self._rollout(batch, rng)
+        x_hat, t = made.x, judged_at(rng.uniform(len(made.x)))
         x_t = self.student.process.add_noise(x_hat.detach(), rng.normal(x_hat), t)
         with torch.no_grad():
-            real = self.real_score(x_t, t, batch.condition)
-            fake = self.fake_score(x_t, t, batch.condition)
+            real = self.real_score.drawn(rng, len(x_t))(x_t, t, batch.condition)
+            fake = self.fake_score(x_t, t, made.told(batch.condition, self.fake_score))
         losses = {"distribution_matching": distribution_matching(x_hat, fake, real, self.config.weight)}
         if self.discriminator is not None:
             logits = self.discriminator.of_clean(x_hat, batch.condition, rng)
@@ -120,16 +119,17 @@ class DMD2(Method):
     def critic_loss(self, batch: Batch, rng: Rng) -> Terms:
         """Denoising on the student's samples, and the discriminator's loss where there is one."""
         with torch.no_grad():
-            x_hat = self._rollout(batch, rng)
+            made = self._rollout(batch, rng)
+        x_hat, condition = made.x, made.told(batch.condition, self.fake_score)
         t, noise = self.all_times(rng.uniform(len(x_hat))), rng.normal(x_hat)
-        fake = self.fake_score(self.student.process.add_noise(x_hat, noise, t), t, batch.condition)
+        fake = self.fake_score(self.student.process.add_noise(x_hat, noise, t), t, condition)
         losses = {"denoising": denoising(fake, x_hat, noise, self.fake_score.kind)}
         if self.discriminator is not None:
             pay = self.discriminator.losses(self.config.gan_loss, batch, x_hat, rng, self.config.r1_weight)
             losses |= {name: self.config.discriminator_weight * loss for name, loss in pay.items()}
         return Terms(losses)
 
-    def _rollout(self, batch: Batch, rng: Rng) -> Tensor:
+    def _rollout(self, batch: Batch, rng: Rng) -> Rolled:
         if self.config.rollout == "noised_data":
             return from_noised_data(self.student, self.times, batch.x, batch.condition, rng)
         return backward_simulation(self.student, self.times, batch.x, batch.condition, rng)

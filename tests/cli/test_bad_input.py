@@ -12,7 +12,8 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.cli.lab import Lab, call, edit_json, flow_scheduler
+from tests import tiny
+from tests.cli.lab import Lab, call, edit_json, flow_scheduler, write_teacher
 
 
 class Case(NamedTuple):
@@ -46,7 +47,7 @@ COMMAND_LINE = [
     case("option of another type", lambda lab: ["verify", "dmd2", "--steps", "two"], "--steps", "integer"),
     case("negative seed", lambda lab: ["demo", "--seed", "-1"], "--seed", "greater than or equal to 0"),
     case("too few samples", lambda lab: ["evaluate", "x", "--samples", "1"], "--samples", "2"),
-    case("unknown method", lambda lab: ["methods", "dmd"], "'dmd'", "registered: consistency", "mean 'dmd2'"),
+    case("unknown method", lambda lab: ["methods", "dmd"], "'dmd'", "registered: adversarial", "mean 'dmd2'"),
 ]
 
 CONFIG_FILE = [
@@ -115,6 +116,37 @@ TEACHER = [
     override("teacher.path=emoji3", "teacher.path", "'emoji3'"),
     override("teacher.path=null", "teacher.path: missing", "dmd2 distils a teacher"),
     override("teacher={path: null, guidance: 2}", "teacher.guidance: 2.0", method="pretrain"),
+    override("teacher.guidance=high", "teacher.guidance: a number from 0 up", "two of them", "found 'high'"),
+    override("teacher.guidance=-1", "teacher.guidance: a number from 0 up", "found -1"),
+    override("teacher.guidance=[4,2]", "teacher.guidance", "the smaller one first", "found [4, 2]"),
+    override("teacher.guidance=true", "teacher.guidance", "found true"),
+    override("teacher={path: null, weak: x}", "teacher.weak: 'x' given, but no teacher.path", method="pretrain"),
+    override("teacher.guidance_interval=[0.6,0.2]", "teacher.guidance_interval", "rising", "[0.6, 0.2]"),
+    override(
+        "teacher.guidance_interval=[0.2,0.6]", "teacher.guidance_interval: (0.2, 0.6)", "teacher.guidance=1 is off"
+    ),
+    override("teacher.weak_condition=nul", "teacher.weak_condition", "'same' or 'unconditional'"),
+    override("teacher.weak_condition=unconditional", "teacher.weak_condition: 'unconditional'", "without weak"),
+    case("negative class", lambda lab: guided(lab, "negative: 4"), "teacher.negative: 4", "classes are 0 to 3"),
+    case("idle negative", lambda lab: guided(lab, f"negative: 1, weak: {lab.teacher}"), "teacher.negative: 1", "same"),
+    case("no weak model", lambda lab: guided(lab, "weak: emoji3"), "teacher.weak: no folder", "'emoji3'"),
+    case(
+        "weak of another process",
+        lambda lab: guided(lab, f"weak: {of_another_process(lab)}"),
+        "teacher.weak: the noise schedule of",
+        "they must agree",
+    ),
+    case(
+        "weak of other classes",
+        lambda lab: guided(lab, f"weak: {write_teacher(lab.folder / 'weak', classes=3)}"),
+        "teacher.weak",
+        "has 3 classes, the teacher 4",
+    ),
+    case(
+        "scale without classes",
+        lambda lab: [*lab.broken_teacher(lambda p: tiny.unet2d(8).save_pretrained(p / "unet")), "teacher.guidance=2"],
+        "teacher.guidance: 2.0 needs a conditional teacher",
+    ),
     case("no index", lambda lab: lab.broken_teacher(lambda p: (p / "model_index.json").unlink()), "model_index.json"),
     case(
         "broken index",
@@ -261,6 +293,17 @@ RUNS = [
     case("guided student", lambda lab: ["sample", str(lab.trained), "--guidance", "2"], "guidance: 2.0", "few-step"),
     case("export onto a folder", lambda lab: ["export", str(lab.trained), str(lab.images)], "export", "new folder"),
 ]
+
+
+def guided(lab: Lab, words: str) -> list[str]:
+    """The working run with a guided teacher."""
+    return lab.train(f"teacher={{guidance: 2, {words}}}")
+
+
+def of_another_process(lab: Lab) -> Path:
+    folder = write_teacher(lab.folder / "weak")
+    edit_json(folder / "scheduler" / "scheduler_config.json", beta_end=0.03)
+    return folder
 
 
 def damaged(lab: Lab, name: str) -> list[str]:

@@ -36,13 +36,19 @@ def test_the_parts_of_a_pair_stay_together(pairs):
 
 
 def test_opening(tmp_path):
-    path, example = tmp_path / "pairs.safetensors", Batch(torch.zeros(1, 1), Condition.none(), torch.zeros(1))
+    path, labels = tmp_path / "pairs.safetensors", Condition.of_labels(torch.zeros(1, dtype=torch.int64))
+    example = Batch(torch.zeros(1, 1), labels, torch.zeros(1))
     save_pairs(path, STORED)
     opened = Pairs.open(path, 0.25, example)
     assert opened is not None
     assert torch.equal(opened.stored.x0, STORED.x0)
     assert Pairs.open(path, 0.0, example) is None
-    with pytest.raises(UserError, match=r"method.pairs: missing"):
+    assert torch.equal(Pairs.required(path, example, "method.name=reflow").stored.noise, STORED.noise)
+    with pytest.raises(UserError, match=r"method.pairs: missing; method.name=reflow needs the file"):
+        Pairs.required(None, example, "method.name=reflow")
+    with pytest.raises(UserError, match=r"method.pairs: missing; method.regression_weight needs"):
         Pairs.open(None, 0.25, example)
     with pytest.raises(UserError, match=r"samples of shape \(1,\), the data's are \(3,\)"):
-        Pairs.open(path, 0.25, Batch(torch.zeros(1, 3), Condition.none(), torch.zeros(1)))
+        Pairs.open(path, 0.25, Batch(torch.zeros(1, 3), labels, torch.zeros(1)))
+    with pytest.raises(UserError, match=r"pairs: .*pairs.safetensors has class labels, the data has none; make pairs"):
+        Pairs.open(path, 0.25, Batch(torch.zeros(1, 1), Condition.none(), torch.zeros(1)))

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fewstep.diffusion.gaussian import GaussianMixture
 from fewstep.diffusion.prediction import Kind, Prediction
-from fewstep.diffusion.process import EDM, VP, Flow, Process, TrigFlow, expand
+from fewstep.diffusion.process import EDM, VP, Flow, Process, TrigFlow, expand, transfer
 from fewstep.diffusion.solvers import (
     Denoiser,
     Sampler,
@@ -23,7 +23,7 @@ from fewstep.diffusion.solvers import (
     trajectory,
 )
 from fewstep.errors import UserError
-from fewstep.models.conditioning import Condition
+from fewstep.models.conditioning import SPAN, Condition
 
 NONE = Condition.none()
 KINDS: list[SamplerKind] = ["renoise", "ddim", "euler", "heun", "dpmpp"]
@@ -174,6 +174,58 @@ def test_gradient_flows_through_every_step() -> None:
     sample(DATA.denoiser(Flow()), Sampler.of(Flow(), 4, "euler"), noise, NONE).backward()
     assert noise.grad is not None
     assert float(noise.grad.squeeze()) == pytest.approx(0.25976, abs=6e-6)
+
+
+@dataclass(frozen=True)
+class ExactAverage:
+    """The average velocity of the data's flow over the span that the condition tells: a perfect two-time student."""
+
+    mixture: GaussianMixture
+    process: Process
+
+    def __call__(self, x_t: Tensor, t: Tensor, condition: Condition) -> Prediction:
+        state = transfer(x_t, t, self.process, Flow())
+        there = state.t - condition.scalars[SPAN]
+        landed = self.mixture.flow_map(state.x, state.t, there, Flow())
+        velocity = (state.x - landed) / condition.scalars[SPAN][:, None]
+        return Prediction.of_x0(self.process, x_t, t, state.x - state.t[:, None] * velocity)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+@pytest.mark.parametrize("name", ["flow", "flow_shift", "vp"])
+def test_a_perfect_flow_map_is_exact_in_any_number_of_steps(name: str, steps: int, vp: VP) -> None:
+    """It lands on clean data, where t_min of a VP table is not, and stays on the trajectory in between."""
+    process = {"flow": Flow(), "flow_shift": Flow(3.0), "vp": vp}[name]
+    sampler = Sampler.of(process, steps, "flow_map")
+    noise = tensor(-1.3, 0.2, 0.9)[:, None]
+    states = list(trajectory(ExactAverage(DATA, process), sampler, noise, NONE))
+    start = transfer(noise, process.times(sampler.times[0], noise), process, Flow())
+    for i, state in enumerate(states):
+        wanted = DATA.flow_map(noise, process.times(sampler.times[0], noise), state.t, process)
+        torch.testing.assert_close(state.x_t, wanted, rtol=0, atol=1e-10)
+        assert float(state.t[0]) == sampler.times[i]
+    clean = DATA.flow_map(start.x, start.t, torch.zeros_like(start.t), Flow())
+    torch.testing.assert_close(states[-1].x0, clean, rtol=0, atol=1e-10)
+
+
+def test_a_flow_map_is_told_differences_of_flow_times(vp: VP) -> None:
+    told: list[Tensor] = []
+
+    @dataclass(frozen=True)
+    class Noting:
+        process: Process
+
+        def __call__(self, x_t: Tensor, t: Tensor, condition: Condition) -> Prediction:
+            told.append(condition.scalars[SPAN])
+            return Prediction.of_x0(self.process, x_t, t, x_t)
+
+    noise = torch.zeros(2, 1, dtype=torch.float64)
+    sample(Noting(Flow()), Sampler((1.0, 0.7, 0.2), "flow_map"), noise, NONE)
+    assert [float(one[0]) for one in told] == pytest.approx([0.3, 0.5, 0.2])
+    told.clear()
+    sample(Noting(vp), Sampler((999.0, 500.0), "flow_map"), noise, NONE)
+    high, low = (float(vp.sigma(tensor(i)) / (vp.alpha(tensor(i)) + vp.sigma(tensor(i)))) for i in (999, 500))
+    assert [float(one[1]) for one in told] == pytest.approx([high - low, low])
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])

@@ -9,7 +9,15 @@ from torch import Tensor
 from fewstep.diffusion.prediction import Kind, Prediction
 from fewstep.diffusion.process import EDM, VP, Flow, Process
 from fewstep.errors import UserError
-from fewstep.losses.score import distribution_matching, dmd_weight, score_direction, sid, surrogate, uniform
+from fewstep.losses.score import (
+    distribution_matching,
+    dmd_weight,
+    score_direction,
+    sid,
+    surrogate,
+    uniform,
+    vsd_weight,
+)
 from tests.losses.closed_form import Student, exact_for_quadratics, gauss_hermite, gaussian, log_density
 
 MEAN = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
@@ -118,6 +126,42 @@ def test_sid_carries_gradient_through_both_scores() -> None:
     gradients = torch.autograd.grad(sid(x, fake, real, 1.0, weight="none"), (x, fake, real))
     # For a = 1 the loss is Σ (y_r − y_f)(y_f − x̂).
     assert [g[0, 0].item() for g in gradients] == pytest.approx([-1.0, 0.0, 1.0])
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1.0, 1.2])
+@pytest.mark.parametrize("detached", ["real", "fake"])
+def test_sid_loses_a_predicted_part_of_its_gradient_with_either_score_s(detached: str, alpha: float) -> None:
+    """At t = .4 with d = 3, teacher N(m, s²), student N(0, b²), y = k·x_t + const of each, x_t = .6·(a + b·z) + .4·ε.
+
+    ∂L/∂y_r = (y_r − x̂) + (1 − 2a)·(y_r − y_f) and ∂L/∂y_f = −(y_r − x̂) + 2a·(y_r − y_f) go on to x̂ with .6·k.
+    """
+    mean, std, b = 2.0, 1.0, 0.5
+    k_real, k_fake = (0.6 * v**2 / (0.36 * v**2 + 0.16) for v in (std, b))
+    process = Flow()
+    student = Student.on(exact_for_quadratics(), process, 0.4, a=[0.0, 0.0, 0.0], b=b)
+    fake, real = (gaussian(process, student.x_t, student.t, m, v).x0 for m, v in ((0.0, b), (mean, std)))
+    whole = student.gradients(sid(student.x_hat, fake, real, alpha, weight="none"))
+    kept = (fake, real.detach()) if detached == "real" else (fake.detach(), real)
+    partly = student.gradients(sid(student.x_hat, *kept, alpha, weight="none"))
+    # E[y_r − x̂] = E[y_r − y_f] = (1 − .6·k_r)·m, since a = 0; E[(y_r − x̂)·z] and E[(y_r − y_f)·z] likewise.
+    gap_mean, error_z, gap_z = (1 - 0.6 * k_real) * mean, (0.6 * k_real - 1) * b, 0.6 * (k_real - k_fake) * b
+    weight_error, weight_gap, k = (1, 1 - 2 * alpha, k_real) if detached == "real" else (-1, 2 * alpha, k_fake)
+    lost_a = 0.6 * k * (weight_error + weight_gap) * gap_mean
+    lost_b = 0.6 * k * 3 * (weight_error * error_z + weight_gap * gap_z)
+    assert [w - p for w, p in zip(whole[0], partly[0], strict=True)] == pytest.approx([lost_a] * 3, abs=1e-12)
+    assert whole[1] - partly[1] == pytest.approx(lost_b, rel=1e-9)
+    assert abs(lost_b) > 0.1
+
+
+@pytest.mark.parametrize("process", [VP(torch.linspace(0.99, 0.05, 10)), Flow()], ids=["vp", "flow"])
+def test_the_vsd_weight_gives_the_difference_of_noises_times_sigma_squared(process: Process) -> None:
+    t = torch.tensor([0.2, 0.7], dtype=torch.float64) * process.t_max
+    x_t, fake, real = torch.randn(3, 2, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    f, r = (Prediction.of_x0(process, x_t, t, x0) for x0 in (fake, real))
+    x_hat = torch.zeros(2, 5, dtype=torch.float64, requires_grad=True)
+    loss = distribution_matching(x_hat, f, r, weight="none", ratio=vsd_weight(process, t))
+    expected = process.sigma(t)[:, None] ** 2 * (r.eps - f.eps)
+    torch.testing.assert_close(10 * torch.autograd.grad(loss, x_hat)[0], expected, rtol=1e-12, atol=1e-12)
 
 
 def test_dmd_weight_is_per_sample() -> None:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel, PixArtTransformer2DModel, SanaTransformer2DModel
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fewstep.diffusion.prediction import Kind
 from fewstep.diffusion.process import Flow
 from fewstep.errors import UserError
-from fewstep.models.conditioning import Condition
+from fewstep.models.conditioning import SPAN, Condition
 from fewstep.models.denoiser import NetworkDenoiser
-from fewstep.models.graft import GraftedEmbedding, sinusoid
+from fewstep.models.graft import Graft, GraftedEmbedding, sinusoid
 from fewstep.models.load import make_denoiser
 from fewstep.models.players import Player
 from fewstep.models.schedule import Schedule
@@ -29,6 +31,135 @@ T = torch.tensor([0.2, 0.9])
 def vectors() -> VectorNetwork:
     torch.manual_seed(0)
     return VectorNetwork(VectorConfig(3, 4, (0.0, 0.0, 0.0), 1.0, width=16, depth=1))
+
+
+def flux() -> FluxTransformer2DModel:
+    """Packed latents `(B, 16, 4)` of a 4 × 4 grid, with a guidance embedding beside the time's."""
+    torch.manual_seed(0)
+    return FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        num_layers=1,
+        num_single_layers=1,
+        attention_head_dim=16,
+        num_attention_heads=2,
+        joint_attention_dim=16,
+        pooled_projection_dim=8,
+        axes_dims_rope=(4, 4, 8),
+        guidance_embeds=True,
+    ).eval()
+
+
+def pixart() -> PixArtTransformer2DModel:
+    torch.manual_seed(0)
+    return PixArtTransformer2DModel(
+        sample_size=8,
+        num_layers=2,
+        patch_size=2,
+        attention_head_dim=8,
+        num_attention_heads=3,
+        caption_channels=16,
+        in_channels=4,
+        cross_attention_dim=24,
+        out_channels=8,
+    ).eval()
+
+
+def sana() -> SanaTransformer2DModel:
+    torch.manual_seed(0)
+    return SanaTransformer2DModel(
+        patch_size=1,
+        in_channels=4,
+        out_channels=4,
+        num_layers=2,
+        num_attention_heads=2,
+        attention_head_dim=4,
+        num_cross_attention_heads=2,
+        cross_attention_head_dim=4,
+        cross_attention_dim=8,
+        caption_channels=16,
+        sample_size=8,
+    ).eval()
+
+
+def called(network: nn.Module) -> dict[str, Any]:
+    """Keyword arguments of one call in float64, of any class that a graft is tested on."""
+    generator = torch.Generator().manual_seed(1)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(2, *shape, generator=generator, dtype=torch.float64)
+
+    time = torch.tensor([200.0, 700.0])
+    words: dict[str, Any] = {"hidden_states": randn(4, 8, 8), "timestep": time, "encoder_hidden_states": randn(5, 16)}
+    match network:
+        case FluxTransformer2DModel():
+            grid = torch.cartesian_prod(torch.zeros(1), torch.arange(4.0), torch.arange(4.0))
+            words |= {"hidden_states": randn(16, 4), "timestep": time / 1000, "pooled_projections": randn(8)}
+            return words | {"img_ids": grid, "txt_ids": torch.zeros(5, 3), "guidance": torch.full((2,), 3.5)}
+        case PixArtTransformer2DModel():
+            return words | {"added_cond_kwargs": {"resolution": None, "aspect_ratio": None}}
+        case SanaTransformer2DModel():
+            return words
+    given = tiny.inputs(network)
+    return {key: x.double() if x.is_floating_point() else x for key, x in given.items()} | {"timestep": time}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A class, where it takes a scalar, how often, and how well a finite difference of step `step` does there.
+
+    Flux turns its queries in float32 and Sana's linear attention computes in it, so small steps see rounding.
+    """
+
+    build: Callable[[], nn.Module]
+    place: str = "timestep_embedder"
+    count: int = 1
+    step: float = 1e-5
+    error: float = 1e-6
+
+
+CLASSES = {
+    "UNet2DModel": Case(tiny.unet2d, "time_embedding"),
+    "UNet2DConditionModel": Case(tiny.unet_sd15, "time_embedding"),
+    "DiTTransformer2DModel": Case(tiny.dit, count=2),
+    "SD3Transformer2DModel": Case(tiny.sd3),
+    "FluxTransformer2DModel": Case(flux, step=5e-4, error=1e-3),
+    "PixArtTransformer2DModel": Case(pixart),
+    "SanaTransformer2DModel": Case(sana, step=5e-4, error=1e-3),
+}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_each_class_of_diffusers_takes_a_span(name):
+    """Silent at first; heard once trained, with the derivative of finite differences; its file has the class's keys."""
+    case = CLASSES[name]
+    network = tiny.alive(case.build()).double()
+    words, keys, saved = called(network), list(network.state_dict()), copy.deepcopy(network.state_dict())
+    before = network(**words, return_dict=False)[0]
+    graft = Graft().grown(network, case.place, SPAN, 10.0)
+
+    def told(span: Tensor) -> Tensor:
+        with graft.hearing({SPAN: span}):
+            return network(**words, return_dict=False)[0]
+
+    span, step = torch.tensor([0.1, 0.6], dtype=torch.float64), case.step
+    assert torch.equal(told(span), before)
+    gained = set(network.state_dict()) - set(keys)
+    assert set(keys) <= set(network.state_dict())
+    assert len(gained) == 4 * case.count
+    assert all(f".second.{SPAN}." in key for key in gained)
+    for one in network.modules():
+        if isinstance(one, GraftedEmbedding):
+            tiny.alive(one.second, 0.3)
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH):
+        slope = torch.func.jvp(told, (span,), (torch.ones_like(span),))[1]
+        difference = (told(span + step) - told(span - step)) / (2 * step)
+    assert float(slope.abs().max()) > 1e-4
+    assert float((slope - difference).norm() / slope.norm()) < case.error
+    heard = told(span)
+    network.load_state_dict({**network.state_dict(), **saved})
+    assert torch.equal(told(span), heard), "the class's own keys are the base's weights"
+    assert set(network.load_state_dict(saved, strict=False).missing_keys) == gained
 
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], int]] = {

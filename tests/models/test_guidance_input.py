@@ -16,6 +16,7 @@ from fewstep.models.guidance_input import at_scale, with_guidance, with_guidance
 from fewstep.models.load import make_denoiser
 from fewstep.models.schedule import Schedule, alphas_cumprod
 from tests.tiny import alive, unet2d_classes, unet_sd15
+from tests.training.runs import vector_denoiser
 
 T = torch.tensor([19.0, 999.0])
 RANGE = (1.0, 15.0)
@@ -119,3 +120,17 @@ def test_a_student_with_a_scale_can_itself_be_guided(pixels, teacher, build):
     guided = Guided(student, null, 2.0)(x, t, scaled).value
     torch.testing.assert_close(guided, without + 2 * (with_ - without), rtol=1e-4, atol=1e-5)
     assert float((guided - with_).abs().max()) > 1e-4
+
+
+@pytest.mark.parametrize("build", ["unet2d", "vector"])
+def test_with_an_added_input_the_student_starts_at_a_distance_of_zero(pixels, build):
+    """From the conditional teacher, at every scale, and in training too: a run starts where its teacher stands."""
+    start = pixels if build == "unet2d" else vector_denoiser()
+    student = with_guidance_input(start, (1.0, 5.0))
+    x = torch.randn(2, 3, 8, 8) if build == "unet2d" else torch.randn(2, 2)
+    t, expected = torch.tensor([0.2, 0.9]), start(x, torch.tensor([0.2, 0.9]), LABELS).value
+    for scale in (1.0, 3.7, 5.0):
+        said = student(x, t, with_guidance(LABELS, torch.full((2,), scale), student)).value
+        assert float((said - expected).abs().max()) == 0.0
+    added = [name for name, p in student.parameters().items() if ".second." in name and not p.any()]
+    assert added, "nothing is silent, so nothing was added"

@@ -59,3 +59,42 @@ def test_an_average_of_bf16_weights_is_float32():
     assert float(average.shadow["w"]) == pytest.approx(1.001, abs=1e-6)
     with average.swapped():
         assert weight.dtype == torch.bfloat16
+
+
+def test_an_average_starts_anew_at_the_player_s_weights():
+    weight = nn.Parameter(torch.zeros(2))
+    average = Average.of(Player({"w": weight}), 0.5)
+    shadow = average.shadow["w"]
+    for value in (1.0, 3.0):
+        with torch.no_grad():
+            weight.fill_(value)
+        average.update()
+    assert shadow.tolist() != [3.0, 3.0]
+    average.restart()
+    assert shadow.tolist() == [3.0, 3.0], "the same tensor, which a target network may hold"
+    assert average.updates == 0
+    with torch.no_grad():
+        weight.fill_(5.0)
+    assert shadow.tolist() == [3.0, 3.0], "a copy, no view of the weights"
+    average.update()
+    assert shadow.tolist() == pytest.approx([3 * 0.1 + 5 * 0.9] * 2), "the warm-up starts anew too"
+
+
+def test_an_average_in_float32_restarts_from_bf16_weights():
+    weight = nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+    average = Average.of(Player({"w": weight}), 0.9)
+    with torch.no_grad():
+        weight.fill_(2.0)
+    average.restart()
+    assert average.shadow["w"].dtype == torch.float32
+    assert float(average.shadow["w"]) == 2.0
+
+
+def test_a_follower_restarts_as_a_network_that_no_gradient_reaches():
+    leader, shadow = nn.Linear(2, 1), nn.Linear(2, 1).requires_grad_(False)
+    average = Average(Player.of(leader), 0.9, dict(shadow.named_parameters()), warmup=False)
+    x = torch.randn(4, 2)
+    assert not torch.equal(leader(x), shadow(x))
+    average.restart()
+    torch.testing.assert_close(shadow(x), leader(x).detach(), rtol=0, atol=0)
+    assert not any(p.requires_grad for p in shadow.parameters())

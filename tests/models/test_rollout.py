@@ -56,9 +56,9 @@ def test_the_second_step_sees_the_student_s_own_samples():
 
 def test_only_the_last_evaluation_has_a_graph():
     student = Linear(gain(0.5))
-    x_hat = backward_simulation(student, (1.0, 0.75, 0.5, 0.25), LIKE[:8], Condition.none(), Last(0))
+    made = backward_simulation(student, (1.0, 0.75, 0.5, 0.25), LIKE[:8], Condition.none(), Last(0))
     assert [graph for _, _, graph in student.seen] == [False, False, False, True]
-    (gradient,) = torch.autograd.grad(x_hat.sum(), student.gain)
+    (gradient,) = torch.autograd.grad(made.x.sum(), student.gain)
     torch.testing.assert_close(gradient, student.seen[-1][1].sum())
 
 
@@ -85,7 +85,7 @@ def test_it_is_the_sampler_s_own_path():
     """With the same draws, the last step's x̂_0 is what the re-noising sampler returns."""
     student = Linear(gain(0.5))
     times = Flow(3.0).step_list(3)
-    x_hat = backward_simulation(student, times, LIKE[:5], Condition.none(), Last(4))
+    x_hat = backward_simulation(student, times, LIKE[:5], Condition.none(), Last(4)).x
     generator = torch.Generator().manual_seed(4)
     noise = torch.randn(5, 1, generator=generator)
     drawn = sample(student, Sampler(times), noise, Condition.none(), generator)

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from fewstep.config import RunConfig, parse
 from fewstep.data.mixture import MixtureSet
+from fewstep.data.pairs import Pair, save_pairs
 from fewstep.diffusion.gaussian import five_modes
 from fewstep.diffusion.prediction import Kind
 from fewstep.diffusion.process import Flow
+from fewstep.models.conditioning import Condition
 from fewstep.models.denoiser import NetworkDenoiser
 from fewstep.models.load import make_denoiser
 from fewstep.models.schedule import Schedule
@@ -22,11 +24,36 @@ from fewstep.models.vector_network import VectorConfig, VectorNetwork
 from fewstep.training.assemble import Sources, assemble
 from fewstep.training.loop import Report, TrainState, train
 
+MADE = "made here"
+"""For a method that learns from stored pairs: `config` writes some into the run's folder."""
+
 METHODS: dict[str, dict[str, Any]] = {
     "pretrain": {"name": "pretrain"},
     "dmd2": {"name": "dmd2", "critic_updates": 2},
     "dmd2_gan": {"name": "dmd2", "critic_updates": 2, "gan_weight": 0.1, "r1_weight": 1.0},
     "consistency": {"name": "consistency", "intervals": 8, "target": "ema", "target_decay": 0.8},
+    "sid": {"name": "sid"},
+    "swiftbrush": {"name": "swiftbrush", "fake_score_lora": None, "guidance_range": [1.0, 3.0]},
+    "f_distill": {"name": "f_distill", "critic_updates": 2, "ratio_bins": 2, "gan_weight": 0.1},
+    "gdd": {"name": "gdd", "train": "innate", "adversarial_loss": "relativistic", "r1_weight": 1.0, "r2_weight": 1.0},
+    "adversarial": {"name": "adversarial", "backbone": "trained", "r1_weight": 1.0, "distillation_weight": 1.0},
+    "self_adversarial": {"name": "self_adversarial", "critic_updates": 2, "most_steps": 3},
+    "scm": {"name": "scm"},
+    "scm_data": {"name": "scm", "teacher": False, "derivative": "central_difference"},
+    "flow_map": {"name": "flow_map", "diagonal": 0.5},
+    "flow_map_esd": {"name": "flow_map", "kind": "esd", "teacher": False, "diagonal": 0.5},
+    "flow_map_psd": {"name": "flow_map", "kind": "psd", "split": "midpoint", "diagonal": 0.5},
+    "meanflow": {"name": "meanflow"},
+    "meanflow_data": {"name": "meanflow", "teacher": False, "omega": 1.5, "derivative": "central_difference"},
+    "progressive": {"name": "progressive", "start_steps": 8},  # stages of 2, 3 and 2 steps
+    "reflow": {"name": "reflow", "pairs": MADE, "times": "u_shaped", "one_step_share": 0.3},
+    "scfm": {"name": "scfm", "intervals": 8, "target_decay": 0.8},
+    "scflow": {"name": "scflow", "warmup": 0.3, "backbone": "trained"},
+    "guidance": {"name": "guidance", "guidance_range": [1.0, 5.0]},
+    "agd": {"name": "agd", "guidance_range": [1.0, 4.0], "rank": 4, "width": 8, "trajectory_steps": 3},
+    "plug_and_play": {"name": "plug_and_play", "guidance_range": [1.0, 4.0], "channels": 4, "width": 8},
+    "gft": {"name": "gft", "guidance_range": [1.0, 5.0]},
+    "model_guidance": {"name": "model_guidance", "scale": 2.0, "target_decay": 0.8},
 }
 
 
@@ -50,7 +77,7 @@ def config(method: Mapping[str, Any], folder: Path = Path("run"), **sections: Ma
     """A run of a few steps; each section takes what is told over these settings."""
     values: dict[str, dict[str, Any]] = {
         "run": {"dir": str(folder)},
-        "method": dict(method),
+        "method": {**method, **({"pairs": _pairs(folder)} if method.get("pairs") == MADE else {})},
         "data": {"name": "mixture", "batch_size": 8},
         "optim": {"lr": 1e-2},
         "train": {"steps": 7, "ema": 0.9, "sample_every": 0},
@@ -58,6 +85,13 @@ def config(method: Mapping[str, Any], folder: Path = Path("run"), **sections: Ma
     for name, section in sections.items():
         values[name] = {**values.get(name, {}), **section}
     return parse(values)
+
+
+def _pairs(folder: Path) -> str:
+    """Pairs of the five labelled modes that nothing made."""
+    noise, x0 = torch.randn(2, 64, 2, generator=torch.Generator().manual_seed(0)).unbind()
+    save_pairs(folder / "pairs.safetensors", Pair(noise, x0, Condition.of_labels(torch.arange(64) % 5)))
+    return str(folder / "pairs.safetensors")
 
 
 def begin(run: RunConfig, start: Sources | None = None) -> TrainState:

@@ -126,7 +126,7 @@ def test_damage_is_one_line(tmp_path, what):
     state = saved(tmp_path)
     (folder,) = checkpoint.list_checkpoints(tmp_path)
     damage(folder, what)
-    with pytest.raises(UserError, match=r"damaged or missing; remove .*step-00000002 to go on") as caught:
+    with pytest.raises(UserError, match=r"damaged or missing; .*step-00000002 cannot be used") as caught:
         checkpoint.restore(folder, begin(state.config))
     assert "\n" not in str(caught.value)
 

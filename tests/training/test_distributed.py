@@ -15,6 +15,10 @@ from fewstep.training.assemble import assemble
 from fewstep.training.optim import average_gradients
 from tests.training.runs import METHODS, begin, config, go, sources, weights
 
+# Of the others, a relativistic loss does not see the last bias of a discriminator, whose rounding errors Adam takes for
+# gradients; and agd's processes take whole trajectories of their own share of the batch.
+ALIKE = tuple(name for name in METHODS if name not in {"gdd", "self_adversarial", "agd"})
+
 
 def alone_in(rank: int, run, steps: int) -> dict[str, torch.Tensor]:
     """What rank `rank` of two ends with: everything of accelerate that training asks for, without its start-up."""
@@ -35,23 +39,26 @@ def one_rank(rank: int, folder: str) -> None:
     assert parameters[0].grad.tolist() == [[0.5, 0.5], [0.5, 0.5]]
     assert parameters[1].grad.tolist() == [1.5, 3.0, 4.5]
     assert parameters[2].grad is None
-    for name in ("dmd2_gan", "consistency"):
-        save_file(alone_in(rank, config(METHODS[name]), 7), Path(folder) / f"{name}-{rank}.safetensors")
+    for name in ALIKE:
+        run = config(METHODS[name], Path(folder) / str(rank))
+        save_file(alone_in(rank, run, 7), Path(folder) / f"{name}-{rank}.safetensors")
     dist.destroy_process_group()
 
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_two_processes_are_one_with_the_same_global_batch(tmp_path):
     """Forked, not spawned: torch is imported already, and this process has no thread of its own to lose."""
+    for rank in range(2):
+        (tmp_path / str(rank)).mkdir()
     context = torch.multiprocessing.get_context("fork")
     ranks = [context.Process(target=one_rank, args=(rank, str(tmp_path))) for rank in range(2)]
     for one in ranks:
         one.start()
     for one in ranks:
-        one.join(60)
+        one.join(240)
     assert [one.exitcode for one in ranks] == [0, 0]
-    for name in ("dmd2_gan", "consistency"):
-        state = begin(config(METHODS[name]))
+    for name in ALIKE:
+        state = begin(config(METHODS[name], tmp_path))
         start = weights(state)
         go(state, 7)
         expected = weights(state)

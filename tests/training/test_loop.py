@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from fewstep.models.players import Player
-from fewstep.training.loop import _accumulate
-from fewstep.training.method import Terms, Turn
-from tests.training.runs import METHODS, begin, config, go, moved, weights
+from fewstep.models.players import Average, Player
+from fewstep.training import checkpoint
+from fewstep.training.loop import TrainState, _accumulate
+from fewstep.training.method import Stage, Terms, Turn
+from fewstep.training.optim import lr_factor
+from tests.training.runs import METHODS, assert_same, begin, config, everything, go, moved, weights
 
 
 def test_a_turn_moves_its_players_and_nobody_else():
@@ -175,3 +180,82 @@ def test_the_last_step_of_a_rollout_in_bf16_keeps_its_gradient():
         norms.append(float(reports[-1].gradient_norms["student"]))
     assert norms[0] == pytest.approx(norms[1], rel=0.1)
     assert norms[0] > 1e-3
+
+
+STAGES = (Stage(0, 3), Stage(3, 5), Stage(5, 7))
+
+
+def staged(folder: Path = Path("run")) -> TrainState:
+    """Seven steps of consistency training in three stages, where "kept" rests and everything else moves."""
+    run = config(METHODS["consistency"], folder, optim={"decay": "linear", "warmup": 2})
+    state = begin(run)
+    method, turn = state.method, state.method.turn
+    method.averages = {**method.averages, "kept": Average.of(method.players["student"], 0.5)}
+    method.turn = lambda step: replace(
+        turn(step), stage=next(s for s in STAGES if step < s.end), resting=("kept",) if step != 6 else ()
+    )
+    return state
+
+
+def test_a_stage_begins_with_empty_moments_and_fresh_averages():
+    state = staged()
+    optimizer, averages = state.optimizers["student"], state.method.averages
+    kept: dict[str, torch.Tensor] = {}
+    for step in range(7):
+        before = {name: p.detach().clone() for name, p in state.method.players["student"].parameters.items()}
+        kept = {name: value.clone() for name, value in averages["kept"].shadow.items()}
+        go(state, 1)
+        first = next(stage.start for stage in STAGES if step < stage.end)
+        counts = {int(one["step"]) for one in optimizer.adamw.state.values()}
+        assert counts == {step - first + 1}, "moments of this stage alone"
+        assert averages["ema"].updates == averages["target"].updates == step - first + 1
+        if step in (0, 3, 5):
+            assert all(torch.equal(value, before[name]) for name, value in averages["kept"].shadow.items())
+        elif step != 6:
+            assert all(torch.equal(value, kept[name]) for name, value in averages["kept"].shadow.items())
+    assert averages["kept"].updates == 1, "at step 6 it did not rest"
+    assert not all(torch.equal(value, kept[name]) for name, value in averages["kept"].shadow.items())
+
+
+def test_an_average_restarts_at_the_weights_of_its_stage():
+    """After the first step of a stage the run's average is (1/10)·start + (9/10)·now: nothing older is in it."""
+    state = staged()
+    go(state, 3)
+    start = {name: p.detach().clone() for name, p in state.method.players["student"].parameters.items()}
+    go(state, 1)
+    for name, now in state.method.players["student"].parameters.items():
+        expected = 0.1 * start[name] + 0.9 * now.detach()
+        torch.testing.assert_close(state.method.averages["ema"].shadow[name], expected, rtol=1e-6, atol=1e-7)
+
+
+def test_the_learning_rate_runs_its_course_in_every_stage():
+    state, rates = staged(), []
+    for _ in range(7):
+        go(state, 1)
+        rates.append(state.optimizers["student"].adamw.param_groups[0]["lr"] / state.config.optim.lr)
+    expected = [
+        lr_factor(state.config.optim, step - s.start, s.end - s.start) for s in STAGES for step in range(s.start, s.end)
+    ]
+    assert rates == pytest.approx(expected)
+    assert rates == pytest.approx([0.5, 2 / 3, 1 / 3, 0.5, 0.5, 0.5, 0.5])
+
+
+def test_a_run_of_one_stage_is_a_run_without():
+    plain, one = (begin(config(METHODS["dmd2"], optim={"decay": "cosine"})) for _ in range(2))
+    turn = one.method.turn
+    one.method.turn = lambda step: replace(turn(step), stage=Stage(0, 7))
+    go(plain)
+    go(one)
+    assert_same(everything(plain), everything(one))
+
+
+@pytest.mark.parametrize("stop", [2, 3, 4, 5, 6])
+def test_a_run_stops_inside_a_stage_at_its_end_and_after_it(tmp_path, stop):
+    straight, first, second = (staged(tmp_path) for _ in range(3))
+    go(straight)
+    go(first, stop)
+    checkpoint.save(tmp_path, first)
+    checkpoint.restore(checkpoint.list_checkpoints(tmp_path)[-1], second)
+    assert_same(everything(first), everything(second))
+    go(second)
+    assert_same(everything(straight), everything(second))

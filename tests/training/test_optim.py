@@ -66,6 +66,28 @@ def test_the_first_adam_step_is_the_rate_times_the_factor():
     torch.testing.assert_close(one.parameters["w"].detach(), torch.tensor([0.95, -0.95]))
 
 
+def test_a_forgetful_optimizer_steps_as_a_new_one():
+    """The first Adam step after `forget` has the size of the rate, whatever the gradients before were."""
+    one, new = player([1.0]), player([1.0])
+    optimizer, fresh = (make_optimizers({"a": each}, Optim(lr=0.1, clip=None))["a"] for each in (one, new))
+    for gradient in (100.0, -30.0, 70.0):
+        one.parameters["w"].grad = torch.tensor([gradient])
+        optimizer.step(1.0, None)
+    optimizer.forget()
+    assert len(optimizer.adamw.state) == 0
+    with torch.no_grad():
+        one.parameters["w"].fill_(1.0)
+    for factor in (1.0, 0.5):
+        for each, its in ((one, optimizer), (new, fresh)):
+            each.parameters["w"].grad = torch.tensor([2.0])
+            its.step(factor, None)
+        assert torch.equal(one.parameters["w"], new.parameters["w"])
+    assert float(one.parameters["w"].detach()) == pytest.approx(0.85)
+    state, wanted = optimizer.adamw.state[one.parameters["w"]], fresh.adamw.state[new.parameters["w"]]
+    assert all(torch.equal(state[key], wanted[key]) for key in wanted)
+    assert int(state["step"]) == 2
+
+
 def test_players_have_their_own_rates():
     from fewstep.config import PlayerOptim
 

@@ -1,0 +1,1 @@
+"""What a step costs beside the network evaluations that its mathematics needs."""
