@@ -17,6 +17,7 @@ from fewstep.commands.source import Source, open_source
 from fewstep.config import RunConfig
 from fewstep.errors import UserError
 from fewstep.evaluation.grid import save_grid
+from fewstep.models.guidance_input import middle
 from fewstep.models.load import embedded_teachers
 from fewstep.training.finished import SOLVER_STEPS, read_config
 
@@ -92,7 +93,9 @@ def _entrant(folder: Path, steps: Sequence[int]) -> Entrant:
 
 
 def _scale(config: RunConfig) -> float:
-    return config.teacher.guidance
+    """The scale at which a student is sampled, and so its teacher too: of a range the middle."""
+    given = config.method.model_dump().get("guidance_range") or config.teacher.guidance
+    return middle(given) if isinstance(given, tuple) else given
 
 
 class _Board:
