@@ -24,7 +24,7 @@ from fewstep.models.rollout import backward_simulation
 from fewstep.registry import MethodConfig
 from fewstep.rng import Rng
 from fewstep.section import Range, Window
-from fewstep.training.method import Claims, Method, Setup, Terms, Turn
+from fewstep.training.method import Method, Setup, Terms, Turn
 
 
 class FDistillConfig(MethodConfig):
@@ -67,7 +67,6 @@ class FDistill(Method):
     Config: ClassVar[type[MethodConfig]] = FDistillConfig
     family = "distribution"
     paper = "Xu et al. 2025, One-step Diffusion Models with f-Divergence Distribution Matching, arXiv 2502.15681"
-    claims = Claims(steps=(1,))
 
     def __init__(self, config: FDistillConfig, setup: Setup) -> None:
         assert setup.guided is not None

@@ -21,7 +21,7 @@ from fewstep.models.rollout import backward_simulation
 from fewstep.registry import MethodConfig
 from fewstep.rng import Rng
 from fewstep.section import Window
-from fewstep.training.method import Claims, Method, Setup, Terms, Turn
+from fewstep.training.method import Method, Setup, Terms, Turn
 
 
 class SiDConfig(MethodConfig):
@@ -60,7 +60,6 @@ class SiD(Method):
     Config: ClassVar[type[MethodConfig]] = SiDConfig
     family = "distribution"
     paper = "Zhou et al. 2024, Score identity Distillation, arXiv 2404.04057; SiD-LSG, arXiv 2406.01561"
-    claims = Claims(steps=(1,))  # as in the papers; four steps miss the bar of `fewstep verify`
 
     def __init__(self, config: SiDConfig, setup: Setup) -> None:
         assert setup.guided is not None

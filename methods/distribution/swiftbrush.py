@@ -21,7 +21,7 @@ from fewstep.models.rollout import Rolled, backward_simulation
 from fewstep.registry import MethodConfig
 from fewstep.rng import Rng
 from fewstep.section import Needs, Range, Window
-from fewstep.training.method import Claims, Method, Setup, Terms, Turn
+from fewstep.training.method import Method, Setup, Terms, Turn
 
 
 class SwiftBrushConfig(MethodConfig):
@@ -57,7 +57,6 @@ class SwiftBrush(Method):
     Config: ClassVar[type[MethodConfig]] = SwiftBrushConfig
     family = "distribution"
     paper = "Nguyen & Tran 2024, SwiftBrush, arXiv 2312.05239; Nguyen et al. 2024 (SNOOPI), arXiv 2412.02687"
-    claims = Claims(steps=(1,))  # as in the papers; four steps miss the bar of `fewstep verify`
 
     def __init__(self, config: SwiftBrushConfig, setup: Setup) -> None:
         assert setup.guided is not None
