@@ -39,10 +39,11 @@ def along(
         at: where.
         direction: one tensor for each of `at`, of its shape.
         how: forward-mode automatic differentiation, or (f(at + step·direction) − f(at − step·direction))/(2·step)
-            where a kernel has no forward derivative. The latter costs one evaluation more.
+            where a kernel has no forward derivative. The latter costs one evaluation more. Both in full precision:
+            mixed precision rounds a derivative away.
         step: of the difference.
     """
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast(at[0].device.type, enabled=False):
         if how == "jvp":
             return forward_derivative(function, at, direction)
         ahead, behind = (

@@ -139,6 +139,17 @@ class Sampler:
         """The sampler on the process's own list of `steps` times."""
         return Sampler(process.step_list(steps), kind)
 
+    @staticmethod
+    def renoising(process: Process, steps: int, times: tuple[float, ...] | None) -> Sampler:
+        """x̂_0, re-noised with fresh noise at each following time: of `method.times`, or of the process's own list.
+
+        Raises:
+            UserError: another number of times than `steps`.
+        """
+        if times is not None and len(times) != steps:
+            raise UserError(f"method.times: {len(times)} given, student.steps={steps} needs as many")
+        return Sampler(times or process.step_list(steps), "renoise")
+
 
 def trajectory(
     denoiser: Denoiser,

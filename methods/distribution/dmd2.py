@@ -15,7 +15,6 @@ from fewstep.data.pairs import Pairs
 from fewstep.diffusion.process import Process
 from fewstep.diffusion.solvers import Sampler
 from fewstep.diffusion.times import Uniform, annealed
-from fewstep.errors import UserError
 from fewstep.losses.adversarial import Adversarial, generator_loss
 from fewstep.losses.consistency import pseudo_huber_elements
 from fewstep.losses.denoising import denoising
@@ -143,7 +142,4 @@ class DMD2(Method):
     @staticmethod
     def sampler(config: MethodConfig, process: Process, steps: int) -> Sampler:
         """x̂_0, re-noised with fresh noise at each following time."""
-        given = config.times if isinstance(config, DMD2Config) else None
-        if given is not None and len(given) != steps:
-            raise UserError(f"method.times: {len(given)} given, student.steps={steps} needs as many")
-        return Sampler(given or process.step_list(steps), "renoise")
+        return Sampler.renoising(process, steps, config.times if isinstance(config, DMD2Config) else None)

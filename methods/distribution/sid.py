@@ -106,7 +106,4 @@ class SiD(Method):
     @staticmethod
     def sampler(config: MethodConfig, process: Process, steps: int) -> Sampler:
         """x̂_0, re-noised with fresh noise at each following time."""
-        given = config.times if isinstance(config, SiDConfig) else None
-        if given is not None and len(given) != steps:
-            raise UserError(f"method.times: {len(given)} given, student.steps={steps} needs as many")
-        return Sampler(given or process.step_list(steps), "renoise")
+        return Sampler.renoising(process, steps, config.times if isinstance(config, SiDConfig) else None)

@@ -136,9 +136,8 @@ class MeanFlow(Method):
         def average(x: Tensor, t: Tensor) -> Tensor:
             return self.map.velocity(x, t, r, condition)
 
-        with torch.autocast(x.device.type, enabled=False):
-            direction = expand(unit, x) * v, unit
-            here = along(average, (x, t), direction, self.config.derivative, self.config.step)
+        direction = expand(unit, x) * v, unit
+        here = along(average, (x, t), direction, self.config.derivative, self.config.step)
         target, share = average_velocity(v, here.slope, span), 1 / (1 + self.config.damping * span)
         return here.value + expand(share, x) * (target - here.value)
 
