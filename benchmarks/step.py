@@ -25,7 +25,8 @@ from torch import nn
 from benchmarks.evaluations import Evaluation, needs, recorded
 from fewstep import registry
 from fewstep.commands.configs import find
-from fewstep.config import RunConfig, load
+from fewstep.config import RunConfig
+from fewstep.config_file import load
 from fewstep.data.emoji import emoji32
 from fewstep.data.pairs import Pair, save_pairs
 from fewstep.diffusion.prediction import Kind

@@ -12,7 +12,8 @@ from pydantic import BaseModel, Field
 
 from fewstep import registry
 from fewstep.commands.configs import shipped
-from fewstep.config import NewNetwork, PlayerOptim, RunConfig, flat, load, parse
+from fewstep.config import NewNetwork, PlayerOptim, RunConfig
+from fewstep.config_file import flat, load, parse
 from fewstep.errors import UserError
 from fewstep.section import Needs, Section
 from fewstep.training.method import Method

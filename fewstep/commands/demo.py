@@ -17,7 +17,7 @@ from fewstep import __version__
 from fewstep.commands.configs import find
 from fewstep.commands.json_file import write_json
 from fewstep.commands.train import logged, start
-from fewstep.config import load
+from fewstep.config_file import load
 from fewstep.data.emoji import emoji32
 from fewstep.diffusion.solvers import Denoiser, Sampler, sample
 from fewstep.errors import UserError

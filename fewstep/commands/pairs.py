@@ -11,7 +11,7 @@ import typer
 from torch import Tensor
 
 from fewstep.commands.configs import find
-from fewstep.config import load
+from fewstep.config_file import load
 from fewstep.data.pairs import Pair, save_pairs
 from fewstep.diffusion.solvers import Sampler, sample
 from fewstep.errors import UserError

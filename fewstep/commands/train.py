@@ -13,7 +13,8 @@ import typer
 from fewstep.commands.configs import find
 from fewstep.commands.pictures import sample_grid
 from fewstep.commands.signals import Signals
-from fewstep.config import RunConfig, load
+from fewstep.config import RunConfig
+from fewstep.config_file import load
 from fewstep.errors import RunError, UserError
 from fewstep.training import checkpoint
 from fewstep.training.assemble import assemble, make_accelerator, open_sources

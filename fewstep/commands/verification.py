@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fewstep import registry
 from fewstep.commands.configs import find
-from fewstep.config import RunConfig, load
+from fewstep.config import RunConfig
+from fewstep.config_file import load
 from fewstep.data.mixture import MixtureSet
 from fewstep.data.pairs import Pair, save_pairs
 from fewstep.diffusion.gaussian import ExactDenoiser, GaussianMixture

@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fewstep.config import RunConfig, flat
+from fewstep.config import RunConfig
+from fewstep.config_file import flat
 from fewstep.errors import UserError
 from fewstep.models.players import Average
 from fewstep.rng import RngState
@@ -201,7 +202,7 @@ def _load_checked(path: Path, digest: str) -> dict[str, Tensor]:
 
 
 def _refuse_other_config(checkpoint: Path, saved: Mapping[str, Any], config: RunConfig) -> None:
-    from fewstep.config import parse
+    from fewstep.config_file import parse
 
     old, new = flat(parse(saved)), flat(config)
     different = [k for k in sorted({*old, *new}) if k not in _FREE_TO_CHANGE and old.get(k) != new.get(k)]

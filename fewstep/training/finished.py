@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 
 from fewstep import registry
-from fewstep.config import RunConfig, parse
+from fewstep.config import RunConfig
+from fewstep.config_file import parse
 from fewstep.diffusion.process import Process
 from fewstep.diffusion.solvers import Sampler
 from fewstep.errors import UserError

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from fewstep.config import parse
+from fewstep.config_file import parse
 from fewstep.data.mixture import MixtureSet
 from fewstep.diffusion.gaussian import GaussianMixture
 from fewstep.diffusion.prediction import Kind

@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 from fewstep.cli import app
 from fewstep.commands.pictures import sample_grid
 from fewstep.commands.source import open_source
-from fewstep.config import RunConfig, parse
+from fewstep.config import RunConfig
+from fewstep.config_file import parse
 from fewstep.data.pairs import load_pairs
 from fewstep.diffusion.prediction import Kind
 from fewstep.diffusion.solvers import Sampler, sample

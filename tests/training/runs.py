@@ -10,7 +10,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from fewstep.config import RunConfig, parse
+from fewstep.config import RunConfig
+from fewstep.config_file import parse
 from fewstep.data.mixture import MixtureSet
 from fewstep.data.pairs import Pair, save_pairs
 from fewstep.diffusion.gaussian import five_modes
