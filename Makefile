@@ -2,6 +2,7 @@
 #   make demo    install, then the main job: distil two students, score them, export them (demo/)
 #   make test    install, then every unit test
 #   make lint | docs | wheel
+#   make notebooks   install, then run the notebooks on a quick demo, or on the one that FEWSTEP_DEMO names
 # PYTHON=python3.12 picks another interpreter; PIP_ARGS is handed to every pip install (an index of CPU-only torch
 # wheels, for example); TESTS and PYTEST_ARGS narrow `make test`.
 
@@ -13,7 +14,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS)
 
-.PHONY: demo test lint format docs wheel clean
+.PHONY: demo test lint format docs wheel notebooks clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.base
@@ -34,6 +35,9 @@ format: $(VENV)/.dev
 
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+notebooks: $(VENV)/.dev
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS) tests/test_notebooks.py
 
 # First the sdist, then the wheel out of it: a stale build/ cannot slip deleted files in.
 wheel: $(VENV)/.dev

@@ -2,27 +2,33 @@
 
     python -m benchmarks.step [--quick] [--json FILE] [--methods dmd2 consistency] [--networks unet dit]
 
-Both are run in turn in one process on one thread; a figure is the median over the repeats. Overhead is the whole step
-(data, noise, losses, clipping, optimizer, averages) over its evaluations.
+Both are run in turn in one process on one thread, and timed by the CPU seconds of the process, which other programs on
+the machine disturb least. Overhead is the whole step (data, noise, losses, clipping, optimizer, averages, all of it)
+over the bare work: the step's evaluations by themselves, with a plain sum as the loss, and torch's fused AdamW on the
+players that move. It is the median over pairs of the two, in changing order.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
+import os
+import platform
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
+import diffusers
 import torch
 from accelerate import Accelerator
 from torch import nn
 
-from benchmarks.evaluations import Evaluation, needs, recorded
+from benchmarks.evaluations import Evaluation, module_of, needs, recorded, saved
 from fewstep import registry
 from fewstep.commands.configs import find
 from fewstep.config import RunConfig
@@ -33,6 +39,7 @@ from fewstep.diffusion.prediction import Kind
 from fewstep.diffusion.process import VP
 from fewstep.models.conditioning import Condition
 from fewstep.models.denoiser import NetworkDenoiser
+from fewstep.models.heads import Heads
 from fewstep.models.load import make_denoiser
 from fewstep.models.schedule import Schedule, alphas_cumprod
 from fewstep.training.assemble import Sources, assemble
@@ -42,7 +49,7 @@ CLASSES = 24
 
 
 def unet(quick: bool) -> nn.Module:
-    """A class-conditional UNet2DModel for 32×32: 6.5 million parameters."""
+    """A class-conditional UNet2DModel for 32×32: 6.8 million parameters."""
     from diffusers import UNet2DModel
 
     widths = (8, 8) if quick else (64, 128, 128)
@@ -84,16 +91,24 @@ class Figures:
     """Of one step kind.
 
     Attributes:
-        overhead: seconds over the seconds of its bare evaluations.
+        overhead: seconds over the seconds of the bare work, evaluations and optimizer.
+        lowest: of the repeats.
+        highest: of the repeats.
+        over_evaluations: seconds over those of the evaluations alone.
         seconds: of the whole step.
         needs: samples through each kind of evaluation.
         saved_bytes: that autograd holds between forward and backward.
+        needed_bytes: that it holds for the evaluations by themselves.
     """
 
     overhead: float
+    lowest: float
+    highest: float
+    over_evaluations: float
     seconds: float
     needs: dict[str, int]
     saved_bytes: int
+    needed_bytes: int
 
 
 def main() -> None:
@@ -103,40 +118,76 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--methods", nargs="*", default=None, help="which; all where left out")
     parser.add_argument("--networks", nargs="*", default=list(NETWORKS), choices=list(NETWORKS))
+    parser.add_argument("--repeats", type=int, default=7, help="pairs of a step and its bare work")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    found: dict[str, dict[str, Any]] = {}
+    repeats = 1 if arguments.quick else arguments.repeats
+    report = {**surroundings(), "quick": arguments.quick, "repeats": repeats, "steps": {}}
     for network in arguments.networks:
         for name in arguments.methods or registry.names():
-            for turn, figures in measure(name, network, arguments.quick):
-                found[f"{network}/{name}/{turn}"] = vars(figures)
-                told = ", ".join(f"{count} {kind}" for kind, count in figures.needs.items())
-                print(f"{network}/{name}/{turn}: {figures.overhead:.3f} of {figures.seconds:.3f} s, "
-                      f"{figures.saved_bytes / 2**20:.0f} MiB saved; {told}", flush=True)  # fmt: skip
-    if arguments.json is not None:
-        report = {"torch": torch.__version__, "threads": 1, "quick": arguments.quick, "steps": found}
-        partial = arguments.json.with_name(f".{arguments.json.name}.partial")
-        partial.write_text(json.dumps(report, indent=1) + "\n")
-        partial.replace(arguments.json)
+            for turn, figures in measure(name, network, arguments.quick, repeats):
+                report["steps"][f"{network}/{name}/{turn}"] = asdict(figures)
+                print(f"{network}/{name}/{turn}: {line(figures)}", flush=True)
+            gc.collect()  # a run's networks point at each other, and would wait for the next collection
+            if arguments.json is not None:  # after each method: what is there is kept, whatever comes
+                write(arguments.json, report)
 
 
-def measure(name: str, network: str, quick: bool) -> Iterator[tuple[str, Figures]]:
+def line(figures: Figures) -> str:
+    """The figures for people."""
+    told = ", ".join(f"{count} {kind}" for kind, count in figures.needs.items())
+    return (
+        f"{figures.overhead:.3f} ({figures.lowest:.3f} to {figures.highest:.3f}) of {figures.seconds:.3f} s, "
+        f"{figures.saved_bytes / 2**20:.1f} MiB saved of {figures.needed_bytes / 2**20:.1f} needed; {told}"
+    )
+
+
+def surroundings() -> dict[str, object]:
+    """What figures depend on besides the code."""
+    return {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "load": [round(load, 1) for load in os.getloadavg()],
+        "threads": torch.get_num_threads(),
+        "clock": "CPU seconds of the process",
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((one.split(":", 1)[1].strip() for one in lines if one.startswith("model name")), platform.machine())
+
+
+def write(path: Path, report: dict[str, object]) -> None:
+    """The figures as JSON, under a temporary name first."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(json.dumps(report, indent=1) + "\n")
+    partial.replace(path)
+
+
+def measure(name: str, network: str, quick: bool, repeats: int) -> Iterator[tuple[str, Figures]]:
     """The figures of each turn that the method takes in its first steps."""
     with tempfile.TemporaryDirectory() as folder:
         state = start(name, network, quick, Path(folder))
-        if state is None:
-            return
-        kinds: dict[str, Figures] = {}
+        kinds: set[str] = set()
         for step in range(12):
             turn = state.method.turn(step).name
             if turn not in kinds:
+                kinds.add(turn)
                 state.step = step
-                kinds[turn] = figures_of(state, 1 if quick else 7)
-        yield from kinds.items()
+                yield turn, figures_of(state, repeats)
 
 
-def start(name: str, network: str, quick: bool, folder: Path) -> TrainState | None:
-    """The method's image config on that network; None for a method that has no such config."""
+def start(name: str, network: str, quick: bool, folder: Path) -> TrainState:
+    """The method's image config on that network."""
     torch.manual_seed(0)
     words = ["train.steps=1000000", f"run.dir={folder}", f"data.batch_size={2 if quick else 8}", "student.path=null"]
     words += [f"method.pairs={_pairs(folder)}"] if registry.get(name).claims.pairs else []
@@ -148,40 +199,72 @@ def start(name: str, network: str, quick: bool, folder: Path) -> TrainState | No
     return assemble(config, sources, Accelerator(cpu=True))
 
 
-def _pairs(folder: Path) -> Path:
+def _pairs(folder: Path) -> str:
     noise = torch.randn(64, 3, 32, 32)
     path = folder / "pairs.safetensors"
-    save_pairs(path, Pair(noise, noise, Condition.of_labels(torch.arange(64) % CLASSES)))
-    return path
+    save_pairs(path, Pair(noise, noise.clone(), Condition.of_labels(torch.arange(64) % CLASSES)))
+    return str(path)
 
 
 def figures_of(state: TrainState, repeats: int) -> Figures:
-    """One step kind, timed in turn with its evaluations."""
-    step, networks = state.step, _networks(state)
-    with recorded(networks) as evaluations, _saved() as saved:
+    """One step kind, timed in turn with its evaluations and its optimizer."""
+    step, parts = state.step, parts_of(state)
+    own = [module_of(part) for part in parts]
+    with recorded(parts) as evaluations, saved(own) as held:
         next(train(state))
-    steps, bare = [], []
-    for _ in range(repeats):
+    optimizers = [_bare_optimizer(state, name) for name in state.method.turn(step).trains]
+    needed = _bytes_of(evaluations, own)
+
+    def whole() -> None:
         state.step = step
-        steps.append(_timed(lambda: next(train(state))))
-        bare.append(_timed(lambda: _again(evaluations)))
+        next(train(state))
+
+    work = (whole, lambda: [one.again() for one in evaluations], lambda: [one() for one in optimizers])
+    for call in work:
+        call()
+    rows = []
+    for repeat in range(repeats):
+        order = (0, 1, 2) if repeat % 2 else (1, 2, 0)
+        seconds = {i: _timed(work[i]) for i in order}
+        rows.append([seconds[i] for i in range(3)])
     state.step = step
-    seconds = statistics.median(steps)
-    return Figures(seconds / statistics.median(bare), seconds, needs(evaluations), saved[0])
+    ratios = [one / (bare + optimizer) for one, bare, optimizer in rows]
+    alone = statistics.median(one / bare for one, bare, _ in rows)
+    seconds = statistics.median(one for one, _, _ in rows)
+    overhead = statistics.median(ratios)
+    return Figures(overhead, min(ratios), max(ratios), alone, seconds, needs(evaluations), held[0], needed)
 
 
-def _again(evaluations: list[Evaluation]) -> None:
-    for one in evaluations:
-        one.again()
+def _bytes_of(evaluations: list[Evaluation], own: list[nn.Module]) -> int:
+    """What their forward passes hold for the backward pass, all at once."""
+    with saved(own) as held:
+        kept = [one.forward() for one in evaluations if one.trained]
+    del kept
+    return held[0]
 
 
-def _networks(state: TrainState) -> list[nn.Module]:
-    """Every network that the method's parts hold, once."""
-    found: dict[int, nn.Module] = {}
+def _bare_optimizer(state: TrainState, name: str) -> Callable[[], None]:
+    """A fused AdamW of torch on one player, which leaves the weights where they are: its rate is zero."""
+    parameters = list(state.method.players[name].parameters.values())
+    gradients = [torch.randn_like(p) for p in parameters]
+    adamw = torch.optim.AdamW(parameters, lr=0.0, weight_decay=0.0, fused=True)
+
+    def step() -> None:
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        adamw.step()
+        adamw.zero_grad(set_to_none=True)
+
+    return step
+
+
+def parts_of(state: TrainState) -> list[NetworkDenoiser | Heads]:
+    """Every denoiser and every set of heads that the method's parts hold, once."""
+    found: dict[int, NetworkDenoiser | Heads] = {}
 
     def look(value: object, depth: int) -> None:
-        if isinstance(value, NetworkDenoiser):
-            found[id(value.network)] = value.network
+        if isinstance(value, NetworkDenoiser | Heads):
+            found[id(value)] = value
         elif depth and hasattr(value, "__dict__"):
             for inner in vars(value).values():
                 look(inner, depth - 1)
@@ -191,30 +274,9 @@ def _networks(state: TrainState) -> list[nn.Module]:
 
 
 def _timed(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
+    start = time.process_time()
     call()
-    return time.perf_counter() - start
-
-
-class _saved:
-    """Bytes that autograd packs away inside, each storage once."""
-
-    def __enter__(self) -> list[int]:
-        self._total, self._seen = [0], set[int]()
-
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if not isinstance(tensor, nn.Parameter) and storage.data_ptr() not in self._seen:
-                self._seen.add(storage.data_ptr())
-                self._total[0] += storage.nbytes()
-            return tensor
-
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
-        self._hooks.__enter__()
-        return self._total
-
-    def __exit__(self, *error: object) -> None:
-        self._hooks.__exit__(*error)
+    return time.process_time() - start
 
 
 if __name__ == "__main__":

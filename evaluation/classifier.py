@@ -66,6 +66,9 @@ class Classifier(nn.Module):
 class ClassifierFeatures:
     """The extractor `classifier`. Takes images of its own size only: resized ones would not be what it learnt."""
 
+    text = None
+    gives_logits = True
+
     def __init__(self, folder: Path, device: torch.device | str = "cpu"):
         self.device = torch.device(device)
         self.network = load_classifier(folder).to(self.device)

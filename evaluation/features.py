@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from fewstep.errors import UserError
 
-# Fixed, and not the caller's batch size: figures must not move with the batch that made the samples.
-_CHUNK = 100
+CHUNK = 100
+"""Images a feature network sees at a time. Fixed: figures must not move with the batch that made the samples."""
+
+CUBIC = "bicubic-antialias"
+"""The resize rule of `resized`."""
 
 
 @dataclass(frozen=True)
@@ -21,8 +26,8 @@ class Identity:
     """Which features a figure was measured on. Figures on different identities cannot be compared.
 
     Attributes:
-        name: the name that `extractor` takes.
-        sha256: hash of the weight file.
+        name: the name that `extractor` takes, without the path of a file.
+        sha256: hash of the weights.
         size: height and width that the network sees, in pixels.
         resize: how an image of another size gets there; "none" where other sizes are refused.
     """
@@ -42,11 +47,20 @@ class Features:
 
     Attributes:
         values: `(N, D)` float32.
-        logits: `(N, K)` float32 over the classes of the data; None where the network does not know them.
+        logits: `(N, K)` float32 over the classes that the network knows; None where it names none.
     """
 
     values: Tensor
     logits: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    @staticmethod
+    def joined(parts: Sequence[Features]) -> Features:
+        """All of `parts`, one after the other."""
+        logits = [part.logits for part in parts if part.logits is not None]
+        return Features(torch.cat([part.values for part in parts]), torch.cat(logits) if logits else None)
 
 
 class Extractor(Protocol):
@@ -58,8 +72,23 @@ class Extractor(Protocol):
         ...
 
     @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        ...
+
+    @property
     def classes(self) -> tuple[str, ...] | None:
-        """Names of the classes that its logits stand for; None where it gives no logits."""
+        """Names of the data's classes, where its logits stand for them; else None."""
+        ...
+
+    @property
+    def gives_logits(self) -> bool:
+        """Whether `Features.logits` is there."""
+        ...
+
+    @property
+    def text(self) -> Callable[[Sequence[str]], Tensor] | None:
+        """`(N, D)` features of N captions in the space of the images; None where it reads no text."""
         ...
 
     def __call__(self, images: Tensor) -> Features:
@@ -110,6 +139,17 @@ def as_rgb(images: Tensor) -> Tensor:
     return images.expand(-1, 3, -1, -1)
 
 
+def resized(images: Tensor, size: int, device: torch.device) -> Tensor:
+    """`(B, 3, size, size)` float32 in 0...255 from uint8 `(B, 3 or 1, H, W)`; the aspect ratio is not kept.
+
+    The cubic with antialiasing, cut to the range of pixels: equal to clean-fid's resizing by Pillow in float.
+    """
+    full = as_rgb(images).to(device, torch.float32)
+    if full.shape[-2:] != (size, size):
+        full = F.interpolate(full, (size, size), mode="bicubic", antialias=True).clamp(0, 255)
+    return full.contiguous(memory_format=torch.channels_last)
+
+
 def extract(images: Tensor, extractor: Extractor) -> Features:
     """Features of any number of images, in chunks of a fixed size.
 
@@ -125,12 +165,21 @@ def extract(images: Tensor, extractor: Extractor) -> Features:
     """
     if not len(images):
         raise UserError("images: found none, at least one is needed")
-    parts = [extractor(to_uint8(chunk)) for chunk in images.split(_CHUNK)]
-    logits = [part.logits.cpu() for part in parts if part.logits is not None]
-    return Features(torch.cat([part.values.cpu() for part in parts]), torch.cat(logits) if logits else None)
+    parts = [extractor(to_uint8(chunk)) for chunk in images.split(CHUNK)]
+    whole = Features.joined(parts)
+    return Features(whole.values.cpu(), None if whole.logits is None else whole.logits.cpu())
 
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def weights_sha256(network: nn.Module) -> str:
+    """SHA-256 of a network's tensors with their names, whatever file they came from."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

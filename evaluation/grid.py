@@ -38,6 +38,7 @@ def save_grid(
     row_titles: Sequence[str],
     column_titles: Sequence[str] = (),
     scale: int = 3,
+    ragged: bool = False,
 ) -> None:
     """Writes a PNG with one row of images for each tensor; the file appears whole or not at all.
 
@@ -47,13 +48,14 @@ def save_grid(
         row_titles: one a row, written left of it; lines after the first are small and grey.
         column_titles: one a column, written above; or none.
         scale: whole number of screen pixels a pixel; nothing is smoothed, what is shown is what was made.
+        ragged: whether rows may hold different numbers of images.
 
     Raises:
         UserError: counts or sizes that do not fit together, another ending, or a scale below 1.
     """
-    _check(path, rows, row_titles, column_titles, scale)
+    _check(path, rows, row_titles, column_titles, scale, ragged)
     pixels = [as_rgb(to_uint8(row)).permute(0, 2, 3, 1).cpu().numpy() for row in rows]
-    count, height, width = pixels[0].shape[:3]
+    count, (height, width) = max(map(len, pixels)), pixels[0].shape[1:3]
     left = _MARGIN + max(_size(title)[0] for title in row_titles) + (_MARGIN if any(row_titles) else 0)
     top = _MARGIN + (max(_size(title)[1] for title in column_titles) + _GAP if column_titles else 0)
     layout = _Layout(left, top, width * scale, height * scale)
@@ -110,7 +112,12 @@ def _save(picture: Image.Image, path: Path) -> None:
 
 
 def _check(
-    path: Path, rows: Sequence[Tensor], row_titles: Sequence[str], column_titles: Sequence[str], scale: int
+    path: Path,
+    rows: Sequence[Tensor],
+    row_titles: Sequence[str],
+    column_titles: Sequence[str],
+    scale: int,
+    ragged: bool,
 ) -> None:
     if path.suffix.lower() != ".png":
         raise UserError(f"grid {path}: found the ending {path.suffix!r}, allowed is '.png'")
@@ -119,7 +126,7 @@ def _check(
     if not rows or len(row_titles) != len(rows):
         raise UserError(f"grid: found {len(row_titles)} row titles for {len(rows)} rows, one each is needed")
     counts, sizes = {len(row) for row in rows}, {tuple(row.shape[-2:]) for row in rows}
-    if len(counts) > 1 or len(sizes) > 1 or 0 in counts:
+    if (len(counts) > 1 and not ragged) or len(sizes) > 1 or 0 in counts:
         raise UserError(f"grid: found rows of {sorted(counts)} images of sizes {sorted(sizes)}, all rows must be alike")
-    if column_titles and len(column_titles) not in counts:
-        raise UserError(f"grid: found {len(column_titles)} column titles for {counts.pop()} columns")
+    if column_titles and len(column_titles) != max(counts):
+        raise UserError(f"grid: found {len(column_titles)} column titles for {max(counts)} columns")

@@ -2,39 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from random import Random
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from fewstep.data.samples import ImageSet
 from fewstep.errors import UserError
 
-from .features import Extractor, Identity, extract
-from .metrics import Moments, Score, accuracy, frechet_distance, kid
+from .cache import Cache, pixels_sha256
+from .evaluators import Figures, View, evaluators
+from .features import Extractor, Identity, to_uint8
+from .metrics import Score
+from .panel import Panel
 
 # Training counts samples from 0 and gets nowhere near.
 _FIRST = 1 << 40
 _STRIDE = 1 << 24
+_CHUNK = 500  # real images in memory at once, and in one entry of the cache
 
 
 @dataclass(frozen=True)
 class Reference:
-    """Real images as a feature network sees them.
+    """Real images as feature networks see them.
 
     Attributes:
-        values: `(N, D)` float32 features.
-        moments: their mean and covariance.
+        view: what is known of them.
+        floor: the same of other real images, against which the real ones have their own figures; None: not asked for.
         features: which features.
+        sha256: hash of their pixels.
         seed: which samples of the data set.
     """
 
-    values: Tensor
-    moments: Moments
+    view: View
+    floor: View | None
     features: Identity
+    sha256: str
     seed: int
+
+
+_TERMS = ("features", "images", "real_images", "reference_sha256", "floor_images", "classifier")
 
 
 @dataclass(frozen=True)
@@ -42,49 +52,91 @@ class Scores:
     """What was measured on one set of generated images, with everything it depends on.
 
     Attributes:
-        fd: Fréchet distance on `features`. Not "FID": that name belongs to one network from 2015.
-        kid: kernel distance on `features`, with its standard error.
-        accuracy: share of images that show the wanted class; None without labels or where the network knows no classes.
+        figures: by name, as `fd` (Fréchet distance on `features`; the name "fid" is kept for one network from 2015).
         images: number of generated images.
         real_images: number of real images.
         seconds_per_image: time to generate one image; None where it was not measured.
         features: name, size rule and weights of the feature network.
+        reference_sha256: hash of the real images' pixels.
+        floor: the figures of other real images in the place of generated ones, below which no model can be expected;
+            empty where they were not measured.
+        floor_images: number of these other images; 0 for none. Of a finite data set, both may be halves of it.
+        classifier: identity of the network behind `accuracy`; empty where there is none.
     """
 
-    fd: Score
-    kid: Score
-    accuracy: Score | None
+    figures: Figures
     images: int
     real_images: int
     seconds_per_image: float | None
     features: str
+    reference_sha256: str = ""
+    floor: Figures = field(default_factory=dict)
+    floor_images: int = 0
+    classifier: str = ""
 
-    def as_json(self) -> dict[str, float | int | str | None]:
-        """Plain values for a report; standard errors are called `kid_stderr` and `accuracy_stderr`."""
+    @property
+    def fd(self) -> Score:
+        """Fréchet distance on `features`."""
+        return self.figures["fd"]
+
+    @property
+    def kid(self) -> Score:
+        """Kernel distance on `features`, with its standard error."""
+        return self.figures["kid"]
+
+    @property
+    def accuracy(self) -> Score | None:
+        """Share of images that show the wanted class; None without labels or where no network knows the classes."""
+        return self.figures.get("accuracy")
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values for a report; the standard error of `kid` is called `kid_stderr`, and so on."""
         return {
-            "fd": self.fd.value,
-            "kid": self.kid.value,
-            "kid_stderr": self.kid.stderr,
-            "accuracy": self.accuracy.value if self.accuracy else None,
-            "accuracy_stderr": self.accuracy.stderr if self.accuracy else None,
+            **_plain(self.figures),
+            **({} if "accuracy" in self.figures else {"accuracy": None, "accuracy_stderr": None}),
             "images": self.images,
             "real_images": self.real_images,
             "seconds_per_image": self.seconds_per_image,
             "features": self.features,
+            "classifier": self.classifier,
+            "reference_sha256": self.reference_sha256,
+            "floor": _plain(self.floor),
+            "floor_images": self.floor_images,
         }
+
+
+def _plain(figures: Figures) -> dict[str, float | None]:
+    """Values, and beside each that has one its standard error."""
+    plain: dict[str, float | None] = {}
+    for name, score in figures.items():
+        plain[name] = score.value
+        if score.stderr is not None:
+            plain[f"{name}_stderr"] = score.stderr
+    return plain
 
 
 def require_comparable(first: Scores, second: Scores) -> None:
     """Does nothing where two results may stand in one table.
 
     Raises:
-        UserError: they were measured on other features or with other sample counts (the Fréchet distance of one and
-            the same model falls as the count rises).
+        UserError: see `require_same_terms`.
     """
-    for name in ("features", "images", "real_images"):
-        one, other = getattr(first, name), getattr(second, name)
-        if one != other:
-            raise UserError(f"scores: {name} is {one} here and {other} there, these results cannot be compared")
+    require_same_terms(first.as_json(), second.as_json())
+
+
+def require_same_terms(here: Mapping[str, Any], there: Mapping[str, Any]) -> None:
+    """The same for results as plain values, as `as_json` gives and files hold them.
+
+    Raises:
+        UserError: they were measured on other features (which say weights and size rule), other real images, with
+            another classifier, or with other sample counts (the Fréchet distance of one and the same model falls as the
+            count rises).
+    """
+    for name in _TERMS:
+        if here.get(name) != there.get(name):
+            raise UserError(
+                f"scores: {name} is {here.get(name)} here and {there.get(name)} there, these results cannot be compared"
+            )
 
 
 def real_indices(dataset: ImageSet, count: int, seed: int) -> Sequence[int]:
@@ -105,22 +157,71 @@ def real_indices(dataset: ImageSet, count: int, seed: int) -> Sequence[int]:
     return Random(seed).sample(range(dataset.length), count)
 
 
-def reference(dataset: ImageSet, count: int, seed: int, extractor: Extractor) -> Reference:
-    """Features of `count` real images.
+def reference(
+    dataset: ImageSet,
+    count: int,
+    seed: int,
+    extractor: Extractor,
+    *,
+    panel: Panel | None = None,
+    floor: bool = False,
+    cache: Cache | None = None,
+) -> Reference:
+    """`count` real images as feature networks see them.
+
+    Args:
+        dataset: the real images.
+        count: how many.
+        seed: which.
+        extractor: the feature network.
+        panel: it and the others that look; None: it alone.
+        floor: whether to look at as many other real images too; where a finite set has fewer than twice `count`, at
+            the rest, and both sides of the floor are as small as that.
+        cache: of features.
 
     Raises:
         UserError: the set is too small, or its classes or image size are not those the network was trained for.
     """
-    if extractor.classes is not None and tuple(dataset.classes) != extractor.classes:
-        raise UserError(
-            f"features {extractor.identity.name!r}: trained on {len(extractor.classes)} classes "
-            f"({extractor.classes[0]}, ...), the data set has {len(dataset.classes)} others; "
-            "efficientnet-lite0 takes every data set"
-        )
+    panel = panel or Panel.bare(dataset, extractor)
     indices = real_indices(dataset, count, seed)
-    parts = [extract(dataset.batch(indices[i : i + 500]).images, extractor).values for i in range(0, count, 500)]
-    values = torch.cat(parts)
-    return Reference(values, Moments.of(values), extractor.identity, seed)
+    digest, views = hashlib.sha256(), []
+    for start in range(0, count, _CHUNK):
+        views.append(_look(dataset, indices[start : start + _CHUNK], panel, cache, digest))
+    others = _others(dataset, indices, count, seed) if floor else ()
+    beside = [_look(dataset, others[i : i + _CHUNK], panel, cache, None) for i in range(0, len(others), _CHUNK)]
+    rest = View.joined(beside) if beside else None
+    return Reference(View.joined(views), rest, extractor.identity, digest.hexdigest(), seed)
+
+
+def _look(dataset: ImageSet, indices: Sequence[int], panel: Panel, cache: Cache | None, digest: Any) -> View:
+    batch = dataset.batch(indices)
+    pixels = to_uint8(batch.images)
+    if digest is not None:
+        digest.update(pixels_sha256(pixels).encode())
+    return panel.look(pixels, batch.labels, cache)
+
+
+def _others(dataset: ImageSet, indices: Sequence[int], count: int, seed: int) -> Sequence[int]:
+    """Up to `count` positions that are not among `indices`."""
+    if dataset.length is None:
+        start = indices[0] + count
+        return range(start, start + count)
+    taken = set(indices)
+    free = [i for i in range(dataset.length) if i not in taken]
+    return Random(seed).sample(free, min(count, len(free)))
+
+
+def floor_of(panel: Panel, real: Reference) -> Figures:
+    """The figures of real images among themselves; empty where there are too few others for one of them.
+
+    Where there are fewer others than real images, as many of the real ones are taken, for equal counts.
+    """
+    if real.floor is None:
+        return {}
+    try:
+        return panel.score(real.view.first(len(real.floor)), real.floor)
+    except UserError:
+        return {}
 
 
 def score_images(
@@ -130,7 +231,7 @@ def score_images(
     extractor: Extractor,
     seconds_per_image: float | None = None,
 ) -> Scores:
-    """Measures generated images.
+    """The Fréchet distance, the kernel distance and, where the network knows classes, accuracy of generated images.
 
     Args:
         images: `(N, C, H, W)` floats in [-1, 1] or uint8.
@@ -144,13 +245,23 @@ def score_images(
     """
     if reference.features != extractor.identity:
         raise UserError(f"reference: made with {reference.features}, the images are seen by {extractor.identity}")
-    seen = extract(images, extractor)
+    knows = extractor.classes is not None and labels is not None
+    names = ("fd", "kid", "accuracy") if knows else ("fd", "kid")
+    panel = Panel(extractor, extractor if knows else None, evaluators(names), extractor.classes or ())
+    view = panel.look(to_uint8(images), labels)
+    return scored(panel, view, reference, {}, seconds_per_image)
+
+
+def scored(panel: Panel, view: View, real: Reference, floor: Figures, seconds_per_image: float | None = None) -> Scores:
+    """The result of one set of generated images, which `panel` has looked at as it has at the real ones."""
     return Scores(
-        fd=Score(frechet_distance(reference.moments, Moments.of(seen.values))),
-        kid=kid(reference.values, seen.values),
-        accuracy=None if labels is None or seen.logits is None else accuracy(seen.logits, labels.cpu()),
-        images=len(images),
-        real_images=len(reference.values),
+        figures=panel.score(real.view, view),
+        images=len(view),
+        real_images=len(real.view),
         seconds_per_image=seconds_per_image,
-        features=str(extractor.identity),
+        features=str(real.features),
+        reference_sha256=real.sha256,
+        floor=floor,
+        floor_images=len(real.floor) if floor and real.floor is not None else 0,
+        classifier="" if panel.classifier is None else str(panel.classifier.identity),
     )

@@ -24,6 +24,8 @@ app = typer.Typer(
 Json = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")]
 Dtype = Literal["float32", "bfloat16", "float16"]
 GUIDANCE = "Scale of a teacher, or of a student that takes one; left out: off, or the middle of the student's range."
+FEATURES = "classifier, efficientnet-lite0, inception, clip:ARCH:TAG_OR_PATH, dinov2, lpips, or module:PACKAGE.ATTR."
+METRICS = "Names with commas between: fd, kid, mmd, pr, is, clip, diversity, accuracy; left out: fd,kid,accuracy."
 Seed = Annotated[int, typer.Option(min=0, help="Seed of every random draw.")]
 
 
@@ -46,11 +48,20 @@ def _root(
 def train(
     config: Annotated[Path, typer.Argument(help="A run's YAML file, or the name of a shipped one: emoji32/dmd2.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes, as train.steps=200.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Go on from a checkpoint of another config.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what the run needs; nothing is loaded.")] = False,
+    json: Annotated[Path | None, typer.Option("--json", help="With --dry-run: write the figures here.")] = None,
 ) -> None:
     """Run one config to its end, going on from its last checkpoint. Also under `accelerate launch -m fewstep`."""
+    if dry_run:
+        from fewstep.commands.dry_run import run as say_needs
+
+        return say_needs(config, overrides or [], json)
+    if json is not None:
+        raise UserError("--json: given without --dry-run, and a run writes its figures to run.dir; leave it out")
     from fewstep.commands.train import run
 
-    run(config, overrides or [])
+    run(config, overrides or [], force)
 
 
 @app.command()
@@ -85,51 +96,80 @@ def verify(
 def sample(
     source: Annotated[str, typer.Argument(help="A run's folder, an export, or a teacher.")],
     out: Annotated[Path, typer.Option(help="The picture to write.")] = Path("samples.png"),
-    steps: Annotated[list[int] | None, typer.Option(min=1, help="Step counts, one row each.")] = None,
-    classes: Annotated[list[str] | None, typer.Option(help="Class names or indices, one column each.")] = None,
-    seed: Seed = 0,
+    steps: Annotated[list[int] | None, typer.Option(min=1, help="Step counts, one column each.")] = None,
+    classes: Annotated[list[str] | None, typer.Option(help="Class names or numbers, one row each.")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="Prompts of a text pipeline, one row each.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(min=0, help="Seeds of the noise, one row each.")] = None,
     guidance: Annotated[float | None, typer.Option(min=0, help=GUIDANCE)] = None,
+    size: Annotated[int | None, typer.Option(min=8, help="Side in pixels, of pipelines of latents.")] = None,
+    beside_teacher: Annotated[bool, typer.Option("--beside-teacher", help="Also the teacher's, same noise.")] = False,
+    teacher_steps: Annotated[list[int] | None, typer.Option(min=1, help="Left out: the student's, and 32.")] = None,
+    trajectory: Annotated[bool, typer.Option("--trajectory", help="Every step's x0 estimate, a row each.")] = False,
 ) -> None:
-    """Make a grid of samples."""
-    from fewstep.commands.sample import run
+    """Make a grid of samples: a row for each class, prompt and seed, a column for each step count."""
+    from fewstep.commands.sample import Request, run
 
-    run(source, out, steps or [], classes or [], seed, guidance)
+    words = [tuple(one or ()) for one in (steps, classes, prompt, seed)]
+    run(Request(source, *words, guidance, size, beside_teacher, tuple(teacher_steps or ()), trajectory), out)
 
 
 @app.command()
 def evaluate(
     source: Annotated[str, typer.Argument(help="A run's folder, an export, or a teacher.")],
     reference: Annotated[str, typer.Option(help="The real set: a data set's name, or a folder.")] = "emoji32",
-    features: Annotated[str, typer.Option(help="classifier, or efficientnet-lite0 when installed.")] = "classifier",
+    features: Annotated[str, typer.Option(help=FEATURES)] = "classifier",
+    metrics: Annotated[str | None, typer.Option(help=METRICS)] = None,
     samples: Annotated[int, typer.Option(min=2, help="Images on each side.")] = 1000,
     steps: Annotated[int | None, typer.Option(min=1, help="Step count; a run's own where left out.")] = None,
     guidance: Annotated[float | None, typer.Option(min=0, help=GUIDANCE)] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time; no figure depends on it.")] = 100,
     seed: Seed = 0,
+    fd_infinity: Annotated[bool, typer.Option("--fd-infinity", help="Extrapolate fd to any number of images.")] = False,
+    samples_dir: Annotated[Path | None, typer.Option(help="Keep the images here; a killed run goes on.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Write the images here as PNG, and measure the files.")] = None,
+    compare: Annotated[Path | None, typer.Option(help="An earlier --json file; refused where it cannot be.")] = None,
+    cache: Annotated[bool, typer.Option(help="Keep the features of real images in FEWSTEP_CACHE.")] = True,
     json: Json = None,
 ) -> None:
-    """Fréchet distance, KID and class accuracy of a source's samples."""
+    """Distances of a source's samples from real ones, and other figures. Also under `accelerate launch -m fewstep`."""
     from fewstep.commands.evaluate import Request, run
+    from fewstep.evaluation.cache import cache_folder
 
-    run(Request(source, reference, features, samples, steps, guidance, batch_size, seed), json)
+    request = Request(
+        source, reference, features, samples, steps, guidance, batch_size, seed,
+        metrics=None if metrics is None else tuple(word.strip() for word in metrics.split(",")),
+        fd_infinity=fd_infinity, cache=cache_folder() if cache else None, samples_dir=samples_dir, png=png,
+    )  # fmt: skip
+    run(request, json, compare)
 
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of trained runs.")],
-    out: Annotated[Path, typer.Option(help="Folder for leaderboard.md, report.json and grid.png.")] = Path("report"),
+    runs: Annotated[list[Path] | None, typer.Argument(help="Folders of trained runs and of exports.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the page, the table, the figures and the pictures.")] = Path(
+        "report"
+    ),
+    title: Annotated[str, typer.Option(help="Heading of the page and of the table.")] = "Leaderboard",
     steps: Annotated[list[int] | None, typer.Option(min=1, help="Step counts; a method's own where left out.")] = None,
     reference: Annotated[str, typer.Option(help="The real set: a data set's name, or a folder.")] = "emoji32",
-    features: Annotated[str, typer.Option(help="classifier, or efficientnet-lite0 when installed.")] = "classifier",
-    samples: Annotated[int, typer.Option(min=2, help="Images on each side.")] = 1000,
+    features: Annotated[str, typer.Option(help=FEATURES)] = "classifier",
+    metrics: Annotated[str, typer.Option(help="Further ones beside fd and kid, as evaluate takes them: pr,mmd.")] = "",
+    samples: Annotated[int, typer.Option(min=3, help="Images on each side.")] = 1000,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time; no figure depends on it.")] = 100,
     seed: Seed = 0,
+    json: Annotated[
+        list[Path] | None,
+        typer.Option("--json", help="An earlier report.json: its rows stay, and are not measured again."),
+    ] = None,
 ) -> None:
-    """Compare trained students with their teachers at equal steps, in one table."""
+    """Compare trained students with their teachers at equal steps: a table, and a page with pictures and plots."""
     from fewstep.commands.evaluate import Request
     from fewstep.commands.report import run
 
-    run(runs, out, Request("", reference, features, samples, None, None, batch_size, seed), steps or [])
+    words = tuple(word.strip() for word in metrics.split(",") if word.strip())
+    wanted = ("fd", "kid", *(word for word in words if word not in ("fd", "kid"))) if words else None
+    request = Request("", reference, features, samples, None, None, batch_size, seed, wanted)
+    run(runs or [], out, request, steps or [], json or [], title)
 
 
 @app.command()
@@ -138,11 +178,15 @@ def export(
     out: Annotated[Path, typer.Argument(help="The pipeline folder to write.")],
     verify: Annotated[bool, typer.Option(help="Reload in a fresh process and compare images.")] = True,
     dtype: Annotated[Dtype, typer.Option(help="Of the weights in the file.")] = "float32",
+    lora: Annotated[bool, typer.Option("--lora", help="Adapters for the teacher's pipeline, not a pipeline.")] = False,
+    max_shard_size: Annotated[str, typer.Option(help="Of a file of weights, as 5GB.")] = "10GB",
+    metrics: Annotated[Path | None, typer.Option(help="Figures for the card: what evaluate --json wrote.")] = None,
+    push_to_hub: Annotated[str | None, typer.Option(help="Upload to this repository: owner/name.")] = None,
 ) -> None:
     """Write a run's averaged student as an ordinary diffusers pipeline."""
-    from fewstep.commands.export import run
+    from fewstep.commands.export import Wanted, run
 
-    run(source, out, verify, dtype)
+    run(source, out, Wanted(verify, dtype, max_shard_size, lora, metrics, push_to_hub))
 
 
 @app.command()
@@ -159,6 +203,28 @@ def pairs(
     from fewstep.commands.pairs import run
 
     run(config, out, overrides or [], count, solver_steps, batch, seed)
+
+
+@app.command()
+def cache(
+    teacher: Annotated[str, typer.Argument(help="The pipeline whose VAE and text encoders encode: a folder or name.")],
+    out: Annotated[Path, typer.Argument(help="Folder of the cache; one that was begun is gone on with.")],
+    data: Annotated[str, typer.Option(help="The data set's name, as data.name takes it.")],
+    path: Annotated[Path | None, typer.Option(help="Where it lies, as data.path.")] = None,
+    size: Annotated[int | None, typer.Option(min=8, help="Side of the images in pixels, as data.size.")] = None,
+    option: Annotated[list[str] | None, typer.Option(help="KEY=VALUE of data.options; may be repeated.")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="The first so many; left out: all.")] = None,
+    flip: Annotated[bool, typer.Option("--flip", help="Also every image mirrored.")] = False,
+    batch: Annotated[int, typer.Option(min=1, help="Images or prompts that are encoded at a time.")] = 16,
+    shard_size: Annotated[int, typer.Option(min=1, help="Samples in a file.")] = 1000,
+    dtype: Annotated[Dtype, typer.Option(help="Of latents and embeddings in the files.")] = "float32",
+    seed: Seed = 0,
+) -> None:
+    """Store latents and prompt embeddings, to train without VAE and text encoder. Also under `accelerate launch`."""
+    from fewstep.commands.cache import Request, run
+
+    options = tuple(option or ())
+    run(Request(teacher, out, data, path, size, options, samples, seed, flip, batch, shard_size, dtype))
 
 
 @app.command()

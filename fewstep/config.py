@@ -16,6 +16,7 @@ from pydantic import (
 )
 
 from fewstep import registry
+from fewstep.errors import did_you_mean
 from fewstep.section import Needs, Section, Window, found, mistake_at
 
 MAX_STEPS = 8
@@ -55,8 +56,8 @@ class Teacher(Section):
     path: str | None = None
     """An embedded teacher's name, a diffusers pipeline folder, or a hub name. None: the method trains from data."""
     guidance: Scales = 1.0
-    """Guidance scale s of x̂_∅ + s·(x̂_c − x̂_∅); 1 is off. Two numbers are a range, from which a method that can
-    draws one a sample."""
+    """Guidance scale s of x̂_∅ + s·(x̂_c − x̂_∅); 1 is off. Two numbers are a range, from which each sample of a
+    training batch takes its own."""
     guidance_interval: Window | None = None
     """The noise levels at which s applies, as shares of the process's range, ends included; it is 1 at all others
     (Kynkäänniemi et al. 2024, arXiv 2404.07724). None: at all."""
@@ -108,6 +109,8 @@ class Student(Section):
     """Network evaluations per sample."""
     lora: int | None = Field(default=None, ge=1)
     """Rank of a LoRA on the teacher's frozen weights; None trains all weights of a copy."""
+    lora_convolutions: Annotated[bool, Needs("lora")] = False
+    """Whether adapters, those of a fake score as well, sit on convolutions too: most of a UNet's weights."""
     path: str | None = None
     """A pipeline folder, such as the export of an earlier student, to start from; None starts from the teacher."""
     new: NewNetwork | None = None
@@ -127,9 +130,10 @@ class Data(Section):
     """Where samples come from."""
 
     name: str = "emoji32"
-    """`emoji32`, `emoji`, `digits`, `folder`, or `mixture` (set by `fewstep verify`)."""
+    """Embedded: `emoji32`, `emoji`, `digits`. At `path`: `folder`, `captions`, `webdataset`, `huggingface`, `prompts`,
+    or `cache`, what `fewstep cache` makes of any of them. `mixture` is set by `fewstep verify`."""
     path: Path | None = None
-    """The folder of `folder`."""
+    """The folder or file of a set that is not embedded, or the hub name of `huggingface`."""
     size: int | None = Field(default=None, ge=8)
     """Side of the images in pixels; None: the set's own."""
     batch_size: int = Field(default=64, ge=1)
@@ -152,6 +156,9 @@ class PlayerOptim(Section):
 class Optim(Section):
     """AdamW for every player."""
 
+    kind: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
+    """torch's fused AdamW, or bitsandbytes' with moments of 8 bits, `paged`: those wait in the host's memory where the
+    device's is short. These two are CUDA's alone, and read each gradient's norm, for which the host waits."""
     lr: float = Field(default=1e-4, gt=0)
     """Learning rate after warm-up."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)
@@ -179,14 +186,21 @@ class Train(Section):
     """Micro-batches per optimizer step."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Compute precision of the networks; weights, times and losses stay float32."""
+    shard: Literal["none", "full"] = "none"
+    """How networks lie in several processes: `none` gives each all weights, moments and averages, `full` a part of
+    them, gathered block by block where it computes (FSDP2). Alone, a process has all of them either way."""
     compile: Literal["none", "blocks", "whole"] = "none"
-    """torch.compile of the networks."""
+    """torch.compile of the networks: each block on its own, which is quick to compile, or the network as one."""
+    compile_players: dict[str, Literal["none", "blocks", "whole"]] = Field(default_factory=dict)
+    """Overrides by player, and for the frozen `teacher`: `compile_players.teacher=whole`."""
     ema: float = Field(default=0.999, ge=0, lt=1)
     """Decay of the averaged student that is sampled and exported."""
     checkpoint_every: int = Field(default=500, ge=1)
     """Steps between checkpoints."""
     keep_last: int = Field(default=2, ge=1)
-    """Checkpoints kept."""
+    """Checkpoints kept, the latest ones."""
+    keep_every: int | None = Field(default=None, ge=1)
+    """Steps whose checkpoints stay for good: every multiple of this that one is written at. None: none does."""
     log_every: int = Field(default=20, ge=1)
     """Steps between lines of `log.jsonl`."""
     sample_every: int = Field(default=500, ge=0)
@@ -198,6 +212,70 @@ class Train(Section):
     """`auto` goes on from the last checkpoint of the run's folder; `never` refuses a folder that has one."""
     threads: int | None = Field(default=None, ge=1)
     """CPU threads of torch; None leaves torch's choice."""
+    trackers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] | None = None
+    """Where the lines of `log.jsonl` go besides: any of these. None: to TensorBoard, where it is installed."""
+
+
+class Memory(Section):
+    """What a run does to need less memory of its device."""
+
+    checkpoint: tuple[str, ...] = ()
+    """Players whose networks keep only what each block is given for the backward pass, and compute the rest again
+    there: `[student, fake_score]`. Also `teacher`, for methods whose gradient flows through it."""
+    attention: Literal["auto", "sdpa", "flash", "sage", "xformers"] = "auto"
+    """The kernel of attention; `auto` is diffusers' choice, `sdpa` torch's own. The others are packages to install."""
+    teacher: Literal["float32", "bfloat16", "float8"] = "float32"
+    """How the frozen teacher's weights are kept between calls; each layer computes with float32 copies."""
+    offload: bool = False
+    """Whether optimizer moments, averages and networks that a turn does not use wait in the host's memory."""
+
+
+class Health(Section):
+    """Figures and pictures that tell a healthy run from a sick one."""
+
+    every: int = Field(default=100, ge=0)
+    """Steps between readings, which go to `log.jsonl`, and to `health/` as pictures; 0 makes none."""
+    samples: Annotated[int, Needs("every")] = Field(default=32, ge=8, multiple_of=4)
+    """Student samples that are looked at; always of the same noise and conditions."""
+
+
+_FIGURES = {"pr": ("precision", "recall", "density", "coverage")}  # of the metrics that are several
+
+
+class Evaluate(Section):
+    """Scores of the averaged student while it trains: those that `fewstep evaluate` gives for its checkpoint."""
+
+    every: int = Field(default=0, ge=0)
+    """Steps between evaluations; 0 makes none."""
+    samples: Annotated[int, Needs("every")] = Field(default=1000, ge=3)
+    """Images on each side."""
+    reference: Annotated[str | None, Needs("every")] = None
+    """The real set: a data set's name, or a folder of images. None: the run's own, `data.name` or `data.path`."""
+    features: Annotated[str, Needs("every")] = "classifier"
+    """The feature network, by the name it has in `fewstep evaluate --features`."""
+    metrics: Annotated[tuple[str, ...] | None, Needs("every")] = Field(default=None, min_length=1)
+    """What is measured, by the names of `fewstep evaluate --metrics`. None: fd, kid, and accuracy where it can be."""
+    steps: Annotated[int | None, Needs("every")] = Field(default=None, ge=1, le=MAX_STEPS)
+    """Network evaluations per sample; None: the student's own number."""
+    batch_size: Annotated[int, Needs("every")] = Field(default=100, ge=1)
+    """Images made at a time; no figure depends on it."""
+    seed: Annotated[int, Needs("every")] = Field(default=0, ge=0)
+    """Of the noise and of the real samples."""
+    best: Annotated[str | None, Needs("every")] = None
+    """The metric by which the best checkpoint is kept, as a run of its own in `best/`. None: none is kept."""
+
+    @model_validator(mode="after")
+    def _best_is_measured(self) -> Self:
+        figures = self.figures()
+        if self.best is not None and self.best not in figures:
+            text = f"{found(self.best)} given, evaluate.metrics measures {', '.join(figures)}"
+            raise mistake_at("best", text + did_you_mean(self.best, figures))
+        return self
+
+    def figures(self) -> dict[str, str]:
+        """What is measured, by figure: the name of the metric that it comes from."""
+        names = self.metrics or ("fd", "kid", "accuracy")
+        return {figure: name for name in names for figure in _FIGURES.get(name, (name,))}
 
 
 class RunConfig(Section):
@@ -210,6 +288,9 @@ class RunConfig(Section):
     data: Data = Data()
     optim: Optim = Optim()
     train: Train = Train()
+    memory: Memory = Memory()
+    health: Health = Health()
+    evaluate: Evaluate = Evaluate()
 
     @field_validator("method", mode="before")
     @classmethod

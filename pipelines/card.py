@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .manifest import Manifest
+from .manifest import Manifest, modules
 from .recipes import Recipe
 from .schedulers import Contract
 
@@ -50,15 +50,34 @@ def license_of(folder: Path | None) -> str | None:
 
 
 def snippet(manifest: Manifest, recipe: Recipe, out: Path) -> str:
-    """Two lines of Python that load the export at `out` and make pictures, as `images`.
+    """A few lines of Python that load the export at `out` and make pictures, as `images`; of a video, as `frames`.
 
     Where text encoders are missing, the embeddings of the prompt are expected under their names.
     """
     without = "".join(f", {name}=None" for name in manifest.missing)
-    load = f"DiffusionPipeline.from_pretrained({out.as_posix()!r}{without})"
     words = [f"{key}={value!r}" for key, value in manifest.call.items()]
     call = ", ".join([*_asked_for(manifest, recipe), *words])
-    return f"from diffusers import DiffusionPipeline\nimages = {load}({call}).images"
+    if manifest.adapters is None:
+        load = f"DiffusionPipeline.from_pretrained({out.as_posix()!r}{without})"
+        imports = [f"import {module}" for module in modules(manifest)]
+        return "\n".join([*imports, "from diffusers import DiffusionPipeline",
+                          f"{recipe.output} = {load}({call}).{recipe.output}"])  # fmt: skip
+    return _onto_the_teacher(manifest, without, call, out, recipe.output)
+
+
+def _onto_the_teacher(manifest: Manifest, without: str, call: str, out: Path, output: str) -> str:
+    module, _, scheduler = manifest.scheduler.rpartition(".")
+    found = f"from {module} import {scheduler}\n" if manifest.own else ""
+    stock = "" if manifest.own else f", {scheduler}"
+    return "\n".join(
+        [
+            f"{found}from diffusers import DiffusionPipeline{stock}",
+            f"pipeline = DiffusionPipeline.from_pretrained({manifest.base!r}{without})",
+            f"pipeline.load_lora_weights({out.as_posix()!r}, weight_name={manifest.adapters!r})",
+            f"pipeline.scheduler = {scheduler}.from_pretrained({out.as_posix()!r}, subfolder='scheduler')",
+            f"{output} = pipeline({call}).{output}",
+        ]
+    )
 
 
 def _asked_for(manifest: Manifest, recipe: Recipe) -> list[str]:
@@ -107,9 +126,10 @@ def _front_matter(facts: CardFacts, recipe: Recipe) -> str:
 def _summary(facts: CardFacts, manifest: Manifest) -> str:
     steps = len(manifest.sampler.times)
     made = f"distilled from `{facts.teacher}`" if facts.teacher else "trained from data"
+    what = "A network" if manifest.adapters is None else "Adapters (LoRA) for a network"
     return "\n".join(
         [
-            f"A network of {steps} sampling step{'s' * (steps > 1)}, {made} by fewstep.",
+            f"{what} of {steps} sampling step{'s' * (steps > 1)}, {made} by fewstep.",
             "",
             f"- Method: {facts.method} ({facts.paper})",
             f"- Licence of the teacher: {facts.license or 'not stated'}",
@@ -118,7 +138,7 @@ def _summary(facts: CardFacts, manifest: Manifest) -> str:
 
 
 def _sampling(manifest: Manifest, contract: Contract) -> str:
-    name = "Sigmas" if type(contract.scheduler).__name__.startswith("FlowMatch") else "Timesteps"
+    name = "Sigmas" if contract.flow else "Timesteps"
     times = [int(t) if t == int(t) else round(t, 6) for t in contract.values]
     off = " (off)" if manifest.guidance == 1 else ""
     return "\n".join(
@@ -132,14 +152,25 @@ def _sampling(manifest: Manifest, contract: Contract) -> str:
 
 
 def _notes(manifest: Manifest, recipe: Recipe, contract: Contract) -> str:
+    notes = []
+    if manifest.own:
+        names = " and ".join(f"`{name.rpartition('.')[2]}`" for name in manifest.own)
+        notes.append(f"Loads where fewstep is installed and imported as above, for its {names}: no class of diffusers "
+                     "does the same.")  # fmt: skip
     if contract.by_number:
-        notes = ["The number of steps is enough: the scheduler's own grid is the student's."]
+        notes += ["The number of steps is enough: the scheduler's own grid is the student's."]
     else:
-        notes = [
+        notes += [
             f"Always pass `{contract.argument}`: the scheduler's own grid in {len(contract.values)} steps is another."
         ]
-    if not recipe.seeded:
+    noisy = manifest.sampler.kind == "renoise" and len(contract.values) > 1
+    if noisy and contract.own and not recipe.seeded:
+        notes.append("The noise between steps has a seed of its own: `pipeline.scheduler.manual_seed(1)` changes it.")
+    elif noisy and not recipe.seeded:
         notes.append(f"{recipe.pipeline} hands no generator to its scheduler: seed by `torch.manual_seed`.")
     if manifest.missing:
         notes.append(f"The teacher's folder lacked {', '.join(manifest.missing)}, and so does this one.")
+    if manifest.guidance != 1 and "guidance_scale" not in manifest.call:
+        name = f"pipeline.{manifest.component}.guidance_scale"
+        notes.append(f"`{name}` sets the guidance scale, {manifest.guidance:g} as it comes.")
     return " ".join(notes)

@@ -1,24 +1,22 @@
-"""Does an export make the student's samples where fewstep is not there?"""
+"""Does an export make the student's samples in another process, without fewstep where it needs none?"""
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from fewstep.diffusion.prediction import Kind
-from fewstep.diffusion.solvers import Sampler, sample
+from fewstep.diffusion.solvers import Sampler
 from fewstep.models.denoiser import NetworkDenoiser
 
 from .manifest import read_manifest
-from .probe import Probe, probe_of
-from .recipes import RECIPES
+from .probe import Answer, probe_of
 
 TOLERANCE = 1e-5  # of a network that predicts v, x_0 or a velocity, in float32
 
@@ -27,28 +25,51 @@ class ReloadFailure(RuntimeError):
     """An export that does not load, or makes other samples than its student."""
 
 
-def difference(out: Path, student: NetworkDenoiser, sampler: Sampler, batch: int = 2, seed: int = 0) -> float:
-    """Largest difference of a sample's entries between fewstep's sampler and the reloaded export, from the same noise.
+@dataclass(frozen=True)
+class Exported:
+    """An export, and what it was made of.
 
-    The export runs in a fresh process that cannot import fewstep. Samples are compared as the network makes them,
-    before they are clamped or decoded: in [-1, 1] for pixels.
-
-    Args:
-        out: an export.
+    Attributes:
+        out: its folder.
         student: what was exported, on the CPU in float32.
         sampler: how it makes samples.
-        batch: how many.
+    """
+
+    out: Path
+    student: NetworkDenoiser
+    sampler: Sampler
+
+
+def difference(out: Path, student: NetworkDenoiser, sampler: Sampler) -> float:
+    """`differences` of one export."""
+    return differences([Exported(out, student, sampler)])[0]
+
+
+def differences(exports: Sequence[Exported], batch: int = 2, seed: int = 0) -> list[float]:
+    """Largest difference of a sample's entries between fewstep's sampler and each reloaded export, from the same noise.
+
+    The exports run in one fresh process, which cannot import fewstep unless an export says that it needs it. Samples
+    are compared as the network makes them, before they are clamped or decoded: in [-1, 1] for pixels.
+
+    Args:
+        exports: any number.
+        batch: samples of each.
         seed: of the noise.
 
     Raises:
         ReloadFailure: the fresh process fails.
     """
-    manifest = read_manifest(out)
-    probe = probe_of(student, RECIPES[manifest.pipeline], manifest.call, batch, seed)
-    theirs = _reloaded(out, probe, manifest.missing)
-    with torch.no_grad():
-        ours = sample(student, sampler, probe.noise, probe.condition, probe.renoising())
-    return float((ours - theirs).abs().max())
+    manifests = [read_manifest(one.out) for one in exports]
+    with tempfile.TemporaryDirectory() as name:
+        rooms = [Path(name) / str(i) for i in range(len(exports))]
+        for room, one, manifest in zip(rooms, exports, manifests, strict=True):
+            room.mkdir()
+            probe_of(one.student, manifest, batch, seed).write(room)
+        _run([one.out.resolve() for one in exports], rooms)
+        theirs = [Answer.read(room) for room in rooms]
+    ours = [its.repeated(one.student, one.sampler, manifest)
+            for its, one, manifest in zip(theirs, exports, manifests, strict=True)]  # fmt: skip
+    return [float((mine - its.samples).abs().max()) for mine, its in zip(ours, theirs, strict=True)]
 
 
 def allowed(student: NetworkDenoiser, sampler: Sampler) -> float:
@@ -71,20 +92,11 @@ def check(out: Path, student: NetworkDenoiser, sampler: Sampler) -> float:
     return figure
 
 
-def _reloaded(out: Path, probe: Probe, missing: tuple[str, ...]) -> Tensor:
-    with tempfile.TemporaryDirectory() as name:
-        work = Path(name)
-        (work / "call.json").write_text(json.dumps({"call": dict(probe.call), "missing": missing}))
-        states = {"generator": probe.generator, "global": probe.after.clone()}
-        save_file({**{k: v.contiguous() for k, v in probe.tensors.items()}, **states}, work / "in.safetensors")
-        _run(out.resolve(), work)
-        return load_file(work / "out.safetensors")["samples"]
-
-
-def _run(out: Path, work: Path) -> None:
+def _run(exports: Sequence[Path], rooms: Sequence[Path]) -> None:
     script = Path(__file__).with_name("reload.py")
-    command = [sys.executable, "-P", str(script), str(out), str(work)]
-    done = subprocess.run(command, cwd=work, capture_output=True, text=True, check=False)
+    folders = [str(folder) for pair in zip(exports, rooms, strict=True) for folder in pair]
+    command = [sys.executable, "-P", str(script), *folders]
+    done = subprocess.run(command, cwd=rooms[0], capture_output=True, text=True, check=False)
     if done.returncode:
         told = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise ReloadFailure(f"{out}: a fresh process without fewstep cannot use it: {told}")
+        raise ReloadFailure(f"{', '.join(map(str, exports))}: a fresh process cannot use it: {told}")

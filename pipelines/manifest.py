@@ -19,13 +19,18 @@ class Manifest:
     """How an export is sampled and where it comes from.
 
     Attributes:
-        pipeline: the stock pipeline's class.
-        call: its arguments for one sampling.
+        pipeline: the pipeline's class in diffusers.
+        call: the pipeline's arguments for one sampling.
         sampler: the same steps as fewstep's own sampler.
+        component: the name of its network; here and below, empty in exports older than the field.
+        scheduler: the scheduler's class, with its module.
         guidance: the scale it is sampled with; 1, off, for a student.
         labelled: whether it takes class labels.
         classes: names of the classes by number; empty where there are none or they are not known.
         missing: components that the pipeline wants and the folder lacks; they load as None.
+        own: fewstep's classes among the others, with their modules, which must be imported before the folder loads.
+        base: the pipeline folder or hub name that the file of adapters goes onto; None: the folder is a pipeline.
+        adapters: that file.
         config: the resolved run.
         version: of fewstep.
     """
@@ -33,12 +38,22 @@ class Manifest:
     pipeline: str
     call: Mapping[str, Any]
     sampler: Sampler
+    component: str = ""
+    scheduler: str = ""
     guidance: float = 1.0
     labelled: bool = False
     classes: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
+    own: tuple[str, ...] = ()
+    base: str | None = None
+    adapters: str | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
     version: str = ""
+
+
+def modules(manifest: Manifest) -> list[str]:
+    """The modules of fewstep's classes in an export, which diffusers does not import by itself."""
+    return sorted({name.rpartition(".")[0] for name in manifest.own})
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -58,9 +73,10 @@ def read_manifest(folder: Path) -> Manifest:
         UserError: there is none, or it is damaged.
     """
     try:
-        values = json.loads((folder / NAME).read_text())
+        older = {"component": "", "scheduler": ""}  # which exports of the first version do not tell
+        values = older | json.loads((folder / NAME).read_text())
         sampler = Sampler(tuple(values["sampler"]["times"]), values["sampler"]["kind"])
-        lists = {key: tuple(values[key]) for key in ("classes", "missing")}
+        lists = {key: tuple(values[key]) for key in ("classes", "missing", "own") if key in values}
         return Manifest(**{**values, **lists, "sampler": sampler})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / NAME}: missing or damaged; export the run again") from error

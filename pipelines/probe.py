@@ -1,103 +1,133 @@
-"""One sampling, told both to fewstep's sampler and to a stock pipeline."""
+"""One sampling, asked of an exported pipeline and repeated by fewstep's own sampler from what the pipeline told."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from fewstep.errors import UserError
+from fewstep.diffusion.solvers import Sampler, sample
 from fewstep.models.conditioning import Condition
 from fewstep.models.denoiser import NetworkDenoiser
-from fewstep.models.guidance_input import with_guidance
+from fewstep.models.guidance_input import GUIDANCE, middle
+from fewstep.models.load import resolve
 
-from .recipes import Recipe
-
-TOKENS = 77
+from .flow_scheduler import FlowGridScheduler
+from .manifest import Manifest, modules
+from .plan import dotted
+from .recipes import RECIPES
 
 
 @dataclass(frozen=True)
 class Probe:
-    """The same noise and condition in both languages.
+    """What a pipeline is asked for, as JSON values and tensors.
 
     Attributes:
-        noise: `(B, *)` unit noise.
-        condition: what fewstep's denoiser is told.
-        tensors: the pipeline's arguments that are tensors.
-        call: its other arguments.
-        generator: state of the generator to hand to the pipeline.
-        after: state of that generator once the noise is drawn; what re-noising goes on from.
+        call: its arguments that are no tensors.
+        tensors: the others: made-up embeddings in place of a prompt.
+        facts: what else the process that asks it must know.
     """
 
-    noise: Tensor
-    condition: Condition
-    tensors: Mapping[str, Tensor]
     call: Mapping[str, Any]
-    generator: Tensor
-    after: Tensor
+    tensors: Mapping[str, Tensor]
+    facts: Mapping[str, Any]
 
-    def renoising(self) -> torch.Generator:
-        """The generator of the fresh noise between steps."""
-        generator = torch.Generator()
-        generator.set_state(self.after)
-        return generator
+    def write(self, work: Path) -> None:
+        """Into the folder that the process reads."""
+        facts = {**self.facts, "call": dict(self.call), "tensors": list(self.tensors)}
+        (work / "call.json").write_text(json.dumps(facts))
+        if self.tensors:
+            save_file(dict(self.tensors), work / "in.safetensors")
+
+
+def probe_of(student: NetworkDenoiser, manifest: Manifest, batch: int, seed: int) -> Probe:
+    """A call of the manifest's pipeline for `batch` samples."""
+    recipe, family = RECIPES[manifest.pipeline], student.family
+    config: Any = getattr(student.network, "config", {})
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, shape in recipe.embeddings.items():
+        size = (batch, *shape(config))
+        mask = name.endswith("mask")
+        tensors[name] = torch.ones(size, dtype=torch.int64) if mask else torch.randn(size, generator=generator)
+    words: dict[str, Any] = {**recipe.raw, **manifest.call}
+    if recipe.sized:
+        words["batch_size"] = batch
+    if student.null is not None and student.null.labels is not None:
+        words["class_labels"] = [i % int(student.null.labels) for i in range(batch)]
+    facts = {
+        "seed": seed,
+        "component": manifest.component,
+        "skip": [family.sample, family.time, "return_dict"],
+        "missing": manifest.missing,
+        "listed": ["prompt_embeds"] if family.listed else [],
+        "imports": modules(manifest),
+        "base": None if manifest.base is None else str(resolve(manifest.base).resolve()),
+        "scheduler": manifest.scheduler.rpartition(".")[::2],
+        "adapters": manifest.adapters,
+    }
+    return Probe(words, tensors, facts)
 
 
 @dataclass(frozen=True)
-class _Told:
-    condition: Condition
-    tensors: Mapping[str, Tensor]
-    call: Mapping[str, Any]
+class Answer:
+    """What a pipeline did.
 
-
-def probe_of(student: NetworkDenoiser, recipe: Recipe, call: Mapping[str, Any], batch: int, seed: int) -> Probe:
-    """Noise and condition of `batch` samples from `seed`, for the arguments `call` of the recipe's pipeline.
-
-    Raises:
-        UserError: the network's sample size is not one number.
+    Attributes:
+        samples: `(B, *)`, as its scheduler made them last.
+        noise: `(B, *)`, as its scheduler was given it first.
+        told: the arguments of its network beside x and time.
+        generator: state of the generator that was handed to it, once the noise was drawn.
+        everywhere: state of torch's global generator then.
     """
-    config: Any = getattr(student.network, "config", {})
-    side, channels = config["sample_size"], config["in_channels"]
-    if not isinstance(side, int):
-        raise UserError(f"export: sample_size {side!r} of the network; the check needs one whole number")
-    generator = torch.Generator().manual_seed(seed)
-    before = generator.get_state()
-    noise = torch.randn(batch, channels, side, side, generator=generator)
-    scale = torch.full((batch,), float(call.get("guidance_scale", 1.0)))
-    told = _told(student, scale, torch.Generator().manual_seed(seed + 1))
-    # ConsistencyModelPipeline refuses latents of any but three channels.
-    given = recipe.latents and (recipe.pipeline != "ConsistencyModelPipeline" or channels == 3)
-    after = generator.get_state()
-    tensors = {**told.tensors, **({"latents": noise} if given else {})}
-    size = {"batch_size": batch} if recipe.sized else {}
-    words = {**recipe.raw, **call, **size, **told.call}
-    return Probe(noise, told.condition, tensors, words, after if given else before, after)
+
+    samples: Tensor
+    noise: Tensor
+    told: Mapping[str, Any]
+    generator: Tensor
+    everywhere: Tensor
+
+    @staticmethod
+    def read(work: Path) -> Answer:
+        """From the folder that the process wrote into."""
+        tensors = load_file(work / "out.safetensors")
+        heard = json.loads((work / "heard.json").read_text())
+        told = {key: _value(one, tensors) for key, one in heard.items()}
+        return Answer(tensors["samples"], tensors["noise"], told, tensors["generator"], tensors["global"])
+
+    def renoising(self, manifest: Manifest) -> torch.Generator:
+        """The generator of the fresh noise between the steps, as it was after the first noise."""
+        generator = torch.Generator()
+        if RECIPES[manifest.pipeline].seeded:
+            generator.set_state(self.generator)
+        elif dotted(FlowGridScheduler) in manifest.own:
+            generator.manual_seed(0)
+        else:
+            generator.set_state(self.everywhere)
+        return generator
+
+    @torch.no_grad()
+    def repeated(self, student: NetworkDenoiser, sampler: Sampler, manifest: Manifest) -> Tensor:
+        """Samples `(B, *)` by fewstep's sampler, from the same noise, under the same condition."""
+        condition = Condition(shared=self.told)
+        if GUIDANCE in student.graft.names and student.guidance_range is not None:
+            scale = torch.full((len(self.noise),), middle(student.guidance_range))
+            condition = condition.with_scalar(GUIDANCE, scale)
+        return sample(student, sampler, self.noise, condition, self.renoising(manifest))
 
 
-def _told(student: NetworkDenoiser, scale: Tensor, generator: torch.Generator) -> _Told:
-    """The condition: first classes, made-up text embeddings, or nothing; the scale `(B,)` where there is an input."""
-    batch = len(scale)
-    config: Any = getattr(student.network, "config", {})
-    match type(student.network).__name__:
-        case "UNet2DConditionModel":
-            text = torch.randn(batch, TOKENS, config["cross_attention_dim"], generator=generator)
-            condition = Condition({"encoder_hidden_states": text})
-            if config["time_cond_proj_dim"] is not None:
-                condition = with_guidance(condition, scale, student)
-            return _Told(condition, {"prompt_embeds": text}, {})
-        case "SD3Transformer2DModel":
-            text = torch.randn(batch, TOKENS, config["joint_attention_dim"], generator=generator)
-            pooled = torch.randn(batch, config["pooled_projection_dim"], generator=generator)
-            condition = Condition({"encoder_hidden_states": text, "pooled_projections": pooled})
-            return _Told(condition, {"prompt_embeds": text, "pooled_prompt_embeds": pooled}, {})
-    return _classes(student, batch)
-
-
-def _classes(student: NetworkDenoiser, batch: int) -> _Told:
-    if student.null is None or student.null.labels is None:
-        return _Told(Condition.none(), {}, {})
-    labels = torch.arange(batch) % int(student.null.labels)
-    return _Told(Condition.of_labels(labels), {}, {"class_labels": labels.tolist()})
+def _value(told: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:
+    match told:
+        case {"tensor": name}:
+            return tensors[name]
+        case {"dict": inner}:
+            return {key: _value(one, tensors) for key, one in inner.items()}
+        case {"list": inner}:
+            return [_value(one, tensors) for one in inner]
+    return told["value"]

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from fewstep.diffusion.process import Flow
+from fewstep.diffusion.solvers import Sampler
 from fewstep.errors import UserError
 from fewstep.models.denoiser import NetworkDenoiser
 
-from .schedulers import Contract
+from .schedulers import Contract, on_own_grid
 
+Shape = Callable[[Mapping[str, Any]], tuple[int, ...]]
+"""The shape of one sample's embedding, from the network's config."""
+
+_TOKENS = 77
 _TEXT = {"prompt": "a red fox in the snow"}
-_NO_GUIDANCE = {"guidance_scale": 1.0}
+_LATENT = {"output_type": "latent"}
+_SMALL = {"height": 32, "width": 32}
+_AS_TOLD = {**_SMALL, "use_resolution_binning": False}
 
 
 @dataclass(frozen=True)
@@ -26,11 +33,13 @@ class Recipe:
         lists: the explicit lists of steps it takes.
         fixed: what it must always be told.
         example: what a reader's first call asks for.
-        embeddings: the arguments that stand in for a prompt where the text encoders are missing.
-        latents: whether the starting noise can be handed in; if not, it is the first draw from `generator`.
+        embeddings: the arguments that stand in for a prompt; those whose name ends in `mask` are ones.
         seeded: whether `generator` reaches the scheduler; if not, re-noising draws from torch's global generator.
         sized: whether it is told the batch size.
-        raw: how it is asked for plain tensors.
+        raw: how it is asked for plain tensors, of a small sample where it is told the size.
+        flow: whether diffusers' own flow schedulers run in it.
+        lora: whether it loads files of adapters.
+        output: what its result calls the pictures.
     """
 
     pipeline: str
@@ -38,54 +47,104 @@ class Recipe:
     lists: tuple[str, ...] = ()
     fixed: Mapping[str, Any] = field(default_factory=dict)
     example: Mapping[str, Any] = field(default_factory=dict)
-    embeddings: tuple[str, ...] = ()
-    latents: bool = True
+    embeddings: Mapping[str, Shape] = field(default_factory=dict)
     seeded: bool = True
     sized: bool = False
     raw: Mapping[str, Any] = field(default_factory=dict)
+    flow: bool = True
+    lora: bool = False
+    output: str = "images"
 
-    def call(self, contract: Contract) -> dict[str, Any]:
-        """The arguments that make the pipeline take the contract's steps, guidance off.
+    def settle(self, contract: Contract, sampler: Sampler) -> Contract:
+        """The contract, or that of fewstep's own scheduler where no flow scheduler of diffusers would keep the steps.
 
         Raises:
-            UserError: the steps are not the scheduler's own and the pipeline takes no list of them.
+            UserError: the steps are no scheduler's own and the pipeline takes no list of them.
         """
-        steps = len(contract.values)
-        if contract.by_number:
-            return {"num_inference_steps": steps, **self.fixed}
-        if contract.argument not in self.lists:
-            name = type(contract.scheduler).__name__
+        told = contract.by_number or contract.argument in self.lists
+        if contract.flow and not (told and self.flow):
+            return on_own_grid(sampler)
+        if not told:
+            name, steps = type(contract.scheduler).__name__, len(contract.values)
             raise UserError(
                 f"export: {self.pipeline} takes no {contract.argument}, and the own grid of {name} in {steps} steps is "
                 f"not the student's {list(contract.values)}; 1, 2, 4, 5 or 8 steps on an unshifted grid can leave"
             )
-        if contract.argument == "sigmas":
-            return {"num_inference_steps": steps, "sigmas": list(contract.values), **self.fixed}
-        return {"num_inference_steps": None, "timesteps": [int(t) for t in contract.values], **self.fixed}
+        return contract
+
+    def call(self, contract: Contract) -> dict[str, Any]:
+        """The arguments that make the pipeline take the contract's steps, guidance off."""
+        if contract.argument == "timesteps":
+            return {"num_inference_steps": None, "timesteps": [int(t) for t in contract.values], **self.fixed}
+        sigmas = {"sigmas": list(contract.values)} if contract.argument == "sigmas" else {}
+        return {"num_inference_steps": len(contract.values), **sigmas, **self.fixed}
+
+
+def _tokens(key: str) -> Shape:
+    return lambda config: (_TOKENS, config[key])
+
+
+def _vector(key: str) -> Shape:
+    return lambda config: (config[key],)
+
+
+def _mask(config: Mapping[str, Any]) -> tuple[int, ...]:
+    return (_TOKENS,)
+
+
+def _sdxl_pooled(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """What is left of the added embedding beside six sizes."""
+    return (config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"],)
+
+
+def _prompted(pipeline: str, embeddings: Mapping[str, Shape], *lists: str, **facts: Any) -> Recipe:
+    """A text-to-image pipeline whose guidance is off at scale 1, with a loader of adapters."""
+    usual: dict[str, Any] = {"fixed": {"guidance_scale": 1.0}, "example": _TEXT, "lora": True}
+    raw = {**_LATENT, **facts.pop("told", _SMALL)}
+    return Recipe(pipeline, facts.pop("tag", "text-to-image"), lists, embeddings=embeddings, raw=raw,
+                  **{**usual, **facts})  # fmt: skip
 
 
 _CLASSES = "unconditional-image-generation"
-_PROMPTED = "text-to-image"
-_LATENT = {"output_type": "latent"}
+_PIXELS = {"output_type": "pt"}
+_CAPTIONS = {"prompt_embeds": _tokens("caption_channels"), "prompt_attention_mask": _mask}
+_JOINT = {"prompt_embeds": _tokens("joint_attention_dim"), "pooled_prompt_embeds": _vector("pooled_projection_dim")}
+_CROSS = {"prompt_embeds": _tokens("cross_attention_dim")}
 
 RECIPES = {
     recipe.pipeline: recipe
     for recipe in (
-        Recipe("ConsistencyModelPipeline", _CLASSES, ("timesteps",), sized=True, raw={"output_type": "pt"}),
-        Recipe("DDPMPipeline", _CLASSES, latents=False, sized=True, raw={"output_type": "pt"}),
-        Recipe("DiTPipeline", _CLASSES, fixed=_NO_GUIDANCE, latents=False, seeded=False, raw={"output_type": "pt"}),
-        Recipe(
-            "StableDiffusionPipeline", _PROMPTED, ("timesteps",), _NO_GUIDANCE, _TEXT, ("prompt_embeds",), raw=_LATENT
-        ),
-        Recipe(
-            "StableDiffusion3Pipeline",
-            _PROMPTED,
-            ("sigmas",),
-            _NO_GUIDANCE,
-            _TEXT,
-            ("prompt_embeds", "pooled_prompt_embeds"),
+        Recipe("ConsistencyModelPipeline", _CLASSES, ("timesteps",), sized=True, raw=_PIXELS, flow=False),
+        Recipe("DDPMPipeline", _CLASSES, sized=True, raw=_PIXELS),
+        Recipe("DiTPipeline", _CLASSES, fixed={"guidance_scale": 1.0}, seeded=False, raw=_PIXELS),
+        _prompted("StableDiffusionPipeline", _CROSS, "timesteps"),
+        _prompted("StableDiffusionXLPipeline", {**_CROSS, "pooled_prompt_embeds": _sdxl_pooled}, "timesteps"),
+        _prompted("PixArtSigmaPipeline", _CAPTIONS, "timesteps", told=_AS_TOLD, lora=False),
+        _prompted("StableDiffusion3Pipeline", _JOINT, "sigmas", seeded=False),
+        # Its scale goes to the network, where that takes one; it never guides by two evaluations unless asked to.
+        _prompted("FluxPipeline", _JOINT, "sigmas", seeded=False, fixed={}),
+        _prompted("Flux2KleinPipeline", {"prompt_embeds": _tokens("joint_attention_dim")}, "sigmas", seeded=False),
+        _prompted("SanaPipeline", _CAPTIONS, "timesteps", "sigmas", told=_AS_TOLD),
+        _prompted(
+            "Lumina2Pipeline",
+            {"prompt_embeds": _tokens("cap_feat_dim"), "prompt_attention_mask": _mask},
+            "sigmas",
             seeded=False,
-            raw=_LATENT,
+        ),
+        _prompted(
+            "ZImagePipeline",
+            {"prompt_embeds": _tokens("cap_feat_dim")},
+            "sigmas",
+            seeded=False,
+            fixed={"guidance_scale": 0.0},
+        ),
+        _prompted(
+            "WanPipeline",
+            {"prompt_embeds": _tokens("text_dim")},
+            seeded=False,
+            tag="text-to-video",
+            told={**_SMALL, "num_frames": 5},
+            output="frames",
         ),
     )
 }
@@ -97,9 +156,9 @@ def recipe_of(student: NetworkDenoiser, teacher_pipeline: str | None) -> Recipe:
     Raises:
         UserError: there is no such pipeline, or fewstep does not know how it is called.
     """
-    _refuse_graft(student)
     if type(student.network).__name__ == "UNet2DModel":
-        return _for_pixels(student)
+        plain = isinstance(student.process, Flow) and student.null is None
+        return RECIPES["DDPMPipeline" if plain else "ConsistencyModelPipeline"]
     if teacher_pipeline is None:
         raise UserError(
             f"export: {type(student.network).__name__} leaves in its teacher's pipeline, and no teacher is given"
@@ -107,23 +166,3 @@ def recipe_of(student: NetworkDenoiser, teacher_pipeline: str | None) -> Recipe:
     if teacher_pipeline not in RECIPES:
         raise UserError(f"export: {teacher_pipeline} is not known; {', '.join(RECIPES)} are")
     return RECIPES[teacher_pipeline]
-
-
-def _refuse_graft(student: NetworkDenoiser) -> None:
-    if student.graft.names:
-        inputs = ", ".join(student.graft.names)
-        raise UserError(
-            f"export: {type(student.network).__name__} was given an input ({inputs}) that no stock pipeline feeds, so "
-            "it cannot leave; only UNet2DConditionModel has one for the guidance scale"
-        )
-
-
-def _for_pixels(student: NetworkDenoiser) -> Recipe:
-    if not isinstance(student.process, Flow):
-        return RECIPES["ConsistencyModelPipeline"]
-    if student.null is None:
-        return RECIPES["DDPMPipeline"]
-    raise UserError(
-        "export: no stock pipeline runs a UNet2DModel with class labels on flow matching; a VP student can leave, or "
-        "an unconditional one"
-    )

@@ -1,4 +1,4 @@
-"""From a sampler to a stock diffusers scheduler whose config says how the student must be sampled."""
+"""From a sampler to a scheduler whose config says how the student must be sampled: diffusers' own, if one can."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from fewstep.diffusion.solvers import Sampler
 from fewstep.errors import UserError
 from fewstep.models.schedule import alphas_cumprod
 
+from .flow_scheduler import FlowGridScheduler
+
 _NAMED_TABLES = ("squaredcos_cap_v2", "linear", "scaled_linear")
 _TABLE_DEFAULTS = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}
 _TABLE_KEYS = (*_TABLE_DEFAULTS, "trained_betas", "rescale_betas_zero_snr")
@@ -25,14 +27,21 @@ class Contract:
     """A scheduler, and what its pipeline must be told so that it takes exactly the sampler's steps.
 
     Attributes:
-        scheduler: a stock diffusers scheduler.
+        scheduler: with the noise table or the steps in its config.
         argument: what carries the steps: their number where the scheduler's own grid is the sampler's, or the list.
         values: the sampler's times: table indices for `timesteps`, noise levels in (0, 1] for `sigmas`.
+        flow: whether they are such noise levels.
     """
 
     scheduler: Any
     argument: Literal["num_inference_steps", "timesteps", "sigmas"]
     values: tuple[float, ...]
+    flow: bool = False
+
+    @property
+    def own(self) -> bool:
+        """Whether the scheduler is fewstep's."""
+        return isinstance(self.scheduler, FlowGridScheduler)
 
     @property
     def by_number(self) -> bool:
@@ -48,22 +57,23 @@ def contract_of(
     Args:
         process: the student's forward process, variance preserving or flow matching.
         kind: what its network predicts.
-        sampler: its times and what joins them: "renoise", "ddim", and on flow matching "euler", which is the same.
+        sampler: its times and what joins them: "renoise", "ddim", on flow matching "euler", which is the same, and
+            "flow_map", which is the same step by a network that hears where it ends.
         teacher_config: the teacher's scheduler config, whose words for the noise table are kept where they fit.
 
     Raises:
         UserError: no stock scheduler takes these steps.
     """
     match process, kind, sampler.kind:
-        case VP(), Kind.EPS | Kind.V | Kind.X0, "renoise" | "ddim":
+        case VP(), Kind.EPS | Kind.V | Kind.X0, "renoise" | "ddim" | "flow_map":
             table = _table_arguments(process, teacher_config or {})
             return _on_table(table, {"prediction_type": kind.value}, sampler)
-        case Flow(), Kind.VELOCITY, "renoise" | "ddim" | "euler":
+        case Flow(), Kind.VELOCITY, "renoise" | "ddim" | "euler" | "flow_map":
             return _on_flow(sampler)
     raise UserError(
         f"export: no stock scheduler samples {type(process).__name__} with {kind.value} by {sampler.kind!r}; "
-        "VP (epsilon, v_prediction, sample) by 'renoise' or 'ddim' and Flow (velocity) by 'renoise', 'ddim' or "
-        "'euler' can leave"
+        "VP (epsilon, v_prediction, sample) by 'renoise', 'ddim' or 'flow_map' and Flow (velocity) by these or 'euler' "
+        "can leave"
     )
 
 
@@ -121,8 +131,14 @@ def _on_flow(sampler: Sampler) -> Contract:
     scheduler.set_timesteps(len(times))
     wanted = torch.tensor((*times, 0.0))
     if torch.allclose(scheduler.sigmas, wanted, rtol=0, atol=1e-6):
-        return Contract(scheduler, "num_inference_steps", times)
-    return Contract(FlowMatchEulerDiscreteScheduler(shift=1.0, stochastic_sampling=noisy), "sigmas", times)
+        return Contract(scheduler, "num_inference_steps", times, flow=True)
+    return Contract(FlowMatchEulerDiscreteScheduler(shift=1.0, stochastic_sampling=noisy), "sigmas", times, flow=True)
+
+
+def on_own_grid(sampler: Sampler) -> Contract:
+    """The same steps of flow matching by fewstep's own scheduler, which keeps them."""
+    scheduler = FlowGridScheduler(sigmas=list(sampler.times), renoise=sampler.kind == "renoise")
+    return Contract(scheduler, "num_inference_steps", sampler.times, flow=True)
 
 
 def _table_arguments(process: VP, teacher_config: Mapping[str, Any]) -> dict[str, Any]:

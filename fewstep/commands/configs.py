@@ -10,11 +10,14 @@ import typer
 
 from fewstep.errors import UserError, did_you_mean
 
+LAUNCHER = "accelerate"
+
 
 def shipped() -> dict[str, Path]:
-    """The configs inside the package, by name: `emoji32/dmd2`."""
+    """The configs of runs inside the package, by name: `emoji32/dmd2`; those of `accelerate launch` are others."""
     root = Path(str(files("fewstep.configs")))
-    return {p.relative_to(root).with_suffix("").as_posix(): p for p in sorted(root.rglob("*.yaml"))}
+    found = (p for p in sorted(root.rglob("*.yaml")) if p.parent.name != LAUNCHER)
+    return {p.relative_to(root).with_suffix("").as_posix(): p for p in found}
 
 
 def find(path: Path) -> Path:

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-import time
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-import torch
 import typer
-from torch import Tensor
 
+from fewstep.commands.generate import Clock, Made, make_shard, tracked, wanted_labels
+from fewstep.commands.generate import make_images as make_images
+from fewstep.commands.generate import sample_noise as sample_noise
 from fewstep.commands.json_file import require_writable, write_json
+from fewstep.commands.shards import Store, Team, fingerprint, shards, through_png
 from fewstep.commands.source import Source, open_source
-from fewstep.data.counter import uniforms
 from fewstep.data.samples import Dataset, ImageSet
 from fewstep.data.sources import open_dataset
 from fewstep.diffusion.solvers import Sampler
 from fewstep.errors import UserError
+from fewstep.evaluation.cache import Cache
+from fewstep.evaluation.evaluators import Figures, View
 from fewstep.evaluation.extractors import extractor
-from fewstep.evaluation.features import Extractor
-from fewstep.evaluation.images import Reference, Scores, reference, score_images
-from fewstep.models.conditioning import Condition
+from fewstep.evaluation.features import Extractor, to_uint8
+from fewstep.evaluation.images import Reference, Scores, floor_of, real_indices, reference, require_same_terms, scored
+from fewstep.evaluation.panel import Panel
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,11 @@ class Request:
         guidance: of a teacher; None: off, or what its folder states.
         batch_size: images made at a time.
         seed: of the noise and of the real samples.
+        metrics: names; None: fd, kid, and accuracy where there is a classifier of the data's classes.
+        fd_infinity: whether to extrapolate the Fréchet distance to infinitely many generated images too.
+        cache: folder for the features of real images; None: they are kept nowhere.
+        samples_dir: folder for the generated images, from which a killed run goes on; None: they are kept nowhere.
+        png: folder for the generated images as PNG files, which are then what is measured; None: none are written.
     """
 
     source: str
@@ -47,62 +56,151 @@ class Request:
     guidance: float | None
     batch_size: int
     seed: int
+    metrics: tuple[str, ...] | None = None
+    fd_infinity: bool = False
+    cache: Path | None = None
+    samples_dir: Path | None = None
+    png: Path | None = None
 
 
-@dataclass(frozen=True)
-class Made:
-    """Images `(N, C, H, W)`, the classes `(N,)` asked for, and the time one took."""
-
-    images: Tensor
-    labels: Tensor | None
-    seconds_per_image: float
-
-
-def run(request: Request, out: Path | None) -> None:
-    """Measure, print the figures, and write them to `out`."""
+def run(request: Request, out: Path | None, earlier: Path | None = None) -> None:
+    """Measure, print the figures beside those of an earlier result, and write them to `out`."""
     require_writable("--json", out)
-    sampler, scores = evaluate(request)
+    before = _read_earlier(earlier)
+    measured = _measure(request, before)
+    if measured is None:
+        return
+    sampler, scores = measured
     facts = {"source": request.source, "steps": len(sampler.times), "sampler": sampler.kind,
              "reference": request.reference, "seed": request.seed, "guidance": request.guidance}  # fmt: skip
     figures = {**facts, **scores.as_json()}
-    for key, value in figures.items():
-        typer.echo(f"{key:<18}{value:.5g}" if isinstance(value, float) else f"{key:<18}{_told(value)}")
+    _tell(figures, before)
     if out is not None:
         write_json(out, figures)
 
 
+def _tell(figures: Mapping[str, Any], before: Mapping[str, Any] | None) -> None:
+    """A line a figure: its value and error, what real images have in its place, and what it was before."""
+    floor = figures["floor"]
+    for key in figures:
+        if key == "floor" or key.endswith("_stderr"):
+            continue
+        notes = [f"real: {_told(floor, key)}"] if key in floor else []
+        notes += [f"before: {_told(before, key)}"] if before is not None and key in floor and key in before else []
+        typer.echo(f"{key:<18}{_told(figures, key)}{'   (' + '; '.join(notes) + ')' if notes else ''}")
+
+
+def _told(values: Mapping[str, Any], key: str) -> object:
+    value, error = values[key], values.get(f"{key}_stderr")
+    if value is None or value == "":
+        return "-"
+    shown = f"{value:.5g}" if isinstance(value, float) else value
+    return shown if error is None else f"{shown} ± {error:.2g}"
+
+
+def _read_earlier(path: Path | None) -> Mapping[str, Any] | None:
+    if path is None:
+        return None
+    try:
+        read = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"--compare: {path} cannot be read ({error})") from error
+    if not isinstance(read, dict) or "features" not in read:
+        raise UserError(f"--compare: {path} is no result; a file that `fewstep evaluate --json` wrote is needed")
+    return read
+
+
 def evaluate(request: Request) -> tuple[Sampler, Scores]:
-    """The scores of a source, and how it was sampled.
+    """How a source was sampled, and its scores, in the first or only process.
 
     Raises:
         UserError: a name is not known, or source, reference and features do not fit together.
     """
-    source = open_source(request.source, request.guidance)
+    measured = _measure(request, None)
+    assert measured is not None, "the first process has all"
+    return measured
+
+
+def _measure(request: Request, before: Mapping[str, Any] | None) -> tuple[Sampler, Scores] | None:
+    """The same beside an earlier result that it must be comparable with; None in the other processes."""
+    team, source = Team.here(), open_source(request.source, request.guidance)
     sampler = source.sampler if request.steps is None else source.sampler_in(request.steps)
-    made = make_images(source, sampler, request.samples, request.batch_size, request.seed)
-    return sampler, Judge.of(request, source)(made)
+    bench = _Bench.of(request, source)
+    if before is not None:
+        require_same_terms(bench.known_terms(before), before)
+    seen = _look_at_samples(request, source, sampler, bench.panel, team)
+    if seen is None:
+        return None
+    judge = bench.judge()
+    scores = judge.scored(seen.view, seen.seconds_per_image)
+    if before is not None:
+        require_same_terms(scores.as_json(), before)
+    return sampler, scores
 
 
 @dataclass(frozen=True)
 class Judge:
-    """A feature network with the features of the real set: made once, for any number of sources."""
+    """Feature networks with what they say about the real set: made once, for any number of sources."""
 
-    extractor: Extractor
+    panel: Panel
     real: Reference
+    floor: Figures
 
     @staticmethod
     def of(request: Request, source: Source) -> Judge:
         """For sources such as `source`.
 
         Raises:
-            UserError: the reference or the features are not known, or do not fit the source.
+            UserError: the reference, the features or the metrics are not known, or do not fit the source.
         """
-        network = extractor(request.features)
-        return Judge(network, reference(_real(request, source), request.samples, request.seed, network))
+        return _Bench.of(request, source).judge()
+
+    @property
+    def extractor(self) -> Extractor:
+        """The network that distances are taken on."""
+        return self.panel.extractor
 
     def __call__(self, made: Made) -> Scores:
         """The scores of what was made."""
-        return score_images(made.images, made.labels, self.real, self.extractor, made.seconds_per_image)
+        return self.scored(self.panel.look(to_uint8(made.images), made.labels), made.seconds_per_image)
+
+    def scored(self, view: View, seconds_per_image: float | None) -> Scores:
+        """The scores of images that the panel has looked at."""
+        return scored(self.panel, view, self.real, self.floor, seconds_per_image)
+
+
+@dataclass(frozen=True)
+class _Bench:
+    """Everything that can be refused has been, and nothing long has run."""
+
+    request: Request
+    dataset: ImageSet
+    panel: Panel
+
+    @classmethod
+    def of(cls, request: Request, source: Source) -> _Bench:
+        network, dataset = extractor(request.features), _real(request, source)
+        real_indices(dataset, request.samples, request.seed)
+        more = ("fd_infinity",) if request.fd_infinity else ()
+        panel = Panel.of(dataset, network, request.metrics, request.samples, source.class_count > 0, more)
+        return cls(request, dataset, panel)
+
+    def judge(self) -> Judge:
+        """Look at the real images."""
+        request, panel = self.request, self.panel
+        cache = None if request.cache is None else Cache(request.cache, _warn)
+        real = reference(
+            self.dataset, request.samples, request.seed, panel.extractor, panel=panel, floor=True, cache=cache
+        )
+        return Judge(panel, real, floor_of(panel, real))
+
+    def known_terms(self, other: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The terms of the coming result, as far as they are known before anything has run; the rest as in `other`."""
+        classifier = self.panel.classifier
+        count = self.request.samples
+        known = {"features": str(self.panel.extractor.identity), "images": count, "real_images": count,
+                 "classifier": "" if classifier is None else str(classifier.identity)}  # fmt: skip
+        return {**other, **known}
 
 
 def _real(request: Request, source: Source) -> ImageSet:
@@ -125,45 +223,42 @@ def _check_fit(name: str, dataset: Dataset, source: Source) -> None:
         raise UserError(f"--reference: {name} has {count} classes, the source {source.class_count}; they must agree")
 
 
-@torch.no_grad()
-def make_images(source: Source, sampler: Sampler, count: int, batch: int, seed: int) -> Made:
-    """`count` images, classes in turn. Image i is a function of the seed and of i, in whatever batch it is made."""
-    from rich.console import Console
-    from rich.progress import track
+@dataclass(frozen=True)
+class _Seen:
+    """What the panel says about all generated images, and the time one took; None where none had to be made."""
 
-    labels = torch.arange(count) % source.class_count if source.class_count else None
-    clock, parts = time.perf_counter(), []
-    console = Console(stderr=True)
-    starts = track(range(0, count, batch), "sampling", console=console, transient=True, disable=not console.is_terminal)
-    for start in starts:
-        rows = range(start, min(start + batch, count))
-        condition = Condition.none() if labels is None else Condition.of_labels(labels[rows.start : rows.stop])
-        parts.append(_sample(source, sampler, rows, condition, seed))
-    return Made(torch.cat(parts), labels, (time.perf_counter() - clock) / count)
+    view: View
+    seconds_per_image: float | None
 
 
-def _sample(source: Source, sampler: Sampler, rows: range, condition: Condition, seed: int) -> Tensor:
-    """As the sampler does, with fresh noise that belongs to the sample instead of to the batch."""
-    noise = sample_noise(source.shape, rows, seed, 0)
-    if sampler.kind != "renoise":
-        return source.images(sampler, noise, condition.labels, seed)
-    process = source.denoiser.process
-    x = process.prior(noise, sampler.times[0])
-    x0 = source.denoiser(x, process.times(sampler.times[0], x), condition).x0
-    for step, time_ in enumerate(sampler.times[1:], 1):
-        t = process.times(time_, x0)
-        x = process.add_noise(x0, sample_noise(source.shape, rows, seed, step), t)
-        x0 = source.denoiser(x, t, condition).x0
-    return x0
+def _look_at_samples(request: Request, source: Source, sampler: Sampler, panel: Panel, team: Team) -> _Seen | None:
+    """Each process makes and looks at its share of the shards; the first one gets all."""
+    store = _store(request, sampler, team)
+    labels, parts, clock = wanted_labels(source, request.samples), [], Clock()
+    for number, rows in tracked(list(enumerate(shards(request.samples)))[team.rank :: team.size], team.main):
+        images = None if store is None else store.read(rows)
+        if images is None:
+            with clock.timing(len(rows)):
+                made = make_shard(source, sampler, rows, labels, request.batch_size, request.seed)
+            images = to_uint8(made)
+            if store is not None:
+                store.write(rows, images)
+        if request.png is not None:
+            images = through_png(images, rows, request.png)
+        parts.append((number, panel.look(images, None if labels is None else labels[rows.start : rows.stop])))
+    everything = team.gathered(parts)
+    if not team.main:
+        return None
+    return _Seen(View.joined([view for _, view in sorted(everything, key=lambda part: part[0])]), clock.per_image)
 
 
-def sample_noise(shape: tuple[int, ...], rows: range, seed: int, step: int) -> Tensor:
-    """Unit noise `(B, *shape)` float32 of the samples `rows` before a step: a function of seed, sample and step."""
-    size = int(np.prod(shape))
-    index = np.arange(rows.start * size, rows.stop * size, dtype=np.uint64)
-    u = torch.from_numpy(uniforms(seed, f"evaluation noise {step}", index)).clamp_min(2.0**-54)
-    return torch.special.ndtri(u).float().view(len(rows), *shape)
+def _store(request: Request, sampler: Sampler, team: Team) -> Store | None:
+    if request.samples_dir is None:
+        return None
+    facts = {"source": fingerprint(request.source), "sampler": sampler.kind, "steps": len(sampler.times),
+             "guidance": request.guidance, "seed": request.seed}  # fmt: skip
+    return Store.open(request.samples_dir, facts, team, _warn)
 
 
-def _told(value: object) -> object:
-    return "-" if value is None else value
+def _warn(text: str) -> None:
+    typer.echo(f"warning: {' '.join(text.split())}", err=True)

@@ -2,181 +2,230 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
 import typer
 
 from fewstep import registry
-from fewstep.commands.evaluate import Judge, Made, Request, make_images
-from fewstep.commands.json_file import write_json
+from fewstep.commands.entrant import Entrant, Teacher, entrant
+from fewstep.commands.evaluate import Judge, Request, make_images
 from fewstep.commands.source import Source, open_source
-from fewstep.config import RunConfig
 from fewstep.errors import UserError
+from fewstep.evaluation.board import TEACHER, Board, Protocol, Row, missing_pictures, read_board, write_board
 from fewstep.evaluation.grid import save_grid
-from fewstep.models.guidance_input import middle
-from fewstep.models.load import embedded_teachers
-from fewstep.training.finished import SOLVER_STEPS, read_config
+from fewstep.evaluation.images import Scores
+from fewstep.evaluation.page import page
+from fewstep.evaluation.strip import read_strip, save_strip
+from fewstep.evaluation.table import markdown
+from fewstep.training.finished import SOLVER_STEPS
 
-SHOWN = 12  # images of a sampler in the picture
+SHOWN = 12  # images of a sampler in the pictures
+JSON, PICTURES = "report.json", "pictures"
+_COLUMNS = ("fd", "kid", "accuracy")  # figures that every row has a column for
 
 
 @dataclass(frozen=True)
-class Entrant:
-    """A student, with what made it.
+class Place:
+    """A row still without figures: whose samples, in how many steps."""
 
-    Attributes:
-        folder: of the run.
-        config: of the run.
-        steps: the step counts at which it is measured.
-        seconds: of training.
-        images: seen in training.
-    """
+    row: Row
+    entrant: Entrant | None
+    open: Callable[[], Source]
+
+
+def run(
+    runs: Sequence[Path], out: Path, request: Request, steps: Sequence[int], earlier: Sequence[Path], title: str
+) -> None:
+    """Measure what no earlier report has; write `leaderboard.md`, `index.html`, `report.json` and `grid.png`."""
+    if not runs and not earlier:
+        raise UserError("report: name at least one run or export, or an earlier report with --json")
+    protocol = Protocol(
+        request.reference, request.features, request.samples, request.seed, ",".join(request.metrics or ())
+    )
+    entrants = [entrant(folder, steps) for folder in runs]
+    known = [_Known(path.parent, read_board(path)) for path in earlier]
+    board = Board(protocol)
+    for each in known:
+        board = board.merged(each.board)
+    _writable(out)
+    for each in known:
+        _take_pictures(each, board.rows, out)
+    board = _without_older(board, entrants)
+    known += _there_already(out)
+    board = _Measuring(request, out, [each for each in known if each.board.protocol == protocol])(board, entrants)
+    _write(out, board.compared(), title)
+    typer.echo((out / "leaderboard.md").read_text())
+    typer.echo(f"{out / 'index.html'}, {out / 'leaderboard.md'}, {out / JSON}, {out / 'grid.png'}")
+
+
+@dataclass(frozen=True)
+class _Known:
+    """An earlier report, and the folder that it lies in."""
 
     folder: Path
-    config: RunConfig
-    steps: tuple[int, ...]
-    seconds: float
-    images: int
-
-    @property
-    def teacher(self) -> tuple[str, float]:
-        """The path and the guidance of what it imitates."""
-        assert self.config.teacher.path is not None
-        return self.config.teacher.path, _scale(self.config)
+    board: Board
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the leaderboard. `of_teacher` is `fd` as a share of the teacher's at the same steps."""
-
-    method: str
-    steps: int
-    fd: float
-    kid: float
-    kid_stderr: float
-    accuracy: float | None
-    of_teacher: float | None
-    guidance: float
-    seed: int | None
-    training_images: int | None
-    training_seconds: float | None
-    seconds_per_image: float
+def _there_already(out: Path) -> list[_Known]:
+    """What an earlier report left in the same folder, interrupted ones too; one of another version counts for none."""
+    try:
+        return [_Known(out, read_board(out / JSON))] if (out / JSON).is_file() else []
+    except UserError as error:
+        typer.echo(f"{error}; everything is measured again", err=True)
+        return []
 
 
-def run(runs: Sequence[Path], out: Path, request: Request, steps: Sequence[int]) -> None:
-    """Measure every run and its teacher; write `leaderboard.md`, `report.json` and `grid.png` into `out`."""
-    entrants = [_entrant(folder, steps) for folder in runs]
-    _writable(out)
-    board = _Board(request)
-    rows = board.teachers(entrants)
-    for entrant in entrants:
-        rows += board.student(entrant, rows)
-    rows.sort(key=lambda row: (row.steps, row.fd))
-    _write(out, rows, request)
-    board.picture(out / "grid.png")
-    typer.echo((out / "leaderboard.md").read_text())
-    typer.echo(f"{out / 'leaderboard.md'}, {out / 'report.json'}, {out / 'grid.png'}")
+def _without_older(board: Board, entrants: Sequence[Entrant]) -> Board:
+    """Without the rows of runs that have been trained further, or anew, since they were measured."""
+    now = {_called(_students_row(each, 1)): each.source for each in entrants}
+    older = [row for row in board.rows if now.get(_called(row), row.source) != row.source]
+    for row in older:
+        typer.echo(f"{row.run}, {_steps(row.steps)}: trained since it was measured, its earlier row goes", err=True)
+    return replace(board, rows=tuple(row for row in board.rows if row not in older))
 
 
-def _entrant(folder: Path, steps: Sequence[int]) -> Entrant:
-    config = read_config(folder)
-    if config.teacher.path is None:
-        raise UserError(f"{folder}: a student of a teacher is needed, this run has no teacher.path")
-    claims = registry.get(config.method.name).claims
-    own = (config.student.steps,) if not claims.one_student else claims.steps
-    last = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()][-1]
-    return Entrant(folder, config, tuple(steps) or own, float(last["seconds"]), int(last["images"]))
+def _called(row: Row) -> tuple[str, str, int | None]:
+    return row.method, row.run, row.seed
 
 
-def _scale(config: RunConfig) -> float:
-    """The scale at which a student is sampled, and so its teacher too: of a range the middle."""
-    given = config.method.model_dump().get("guidance_range") or config.teacher.guidance
-    return middle(given) if isinstance(given, tuple) else given
+class _Measuring:
+    """Fills the places of a board, from earlier reports or by measuring, and writes it after every new row."""
 
-
-class _Board:
-    """Measures one sampler after the other, and keeps the first images of each for the picture."""
-
-    def __init__(self, request: Request) -> None:
-        self._request = request
+    def __init__(self, request: Request, out: Path, known: Sequence[_Known]) -> None:
+        self._request, self._out, self._known = request, out, known
         self._judge: Judge | None = None
-        self._shown: dict[str, Made] = {}
 
-    def teachers(self, entrants: Sequence[Entrant]) -> list[Row]:
-        """Each teacher at every step count of its students, and at its own."""
-        rows: list[Row] = []
-        for path, scale in sorted({entrant.teacher for entrant in entrants}):
-            source = open_source(path, scale)
-            counts = {n for entrant in entrants if entrant.teacher == (path, scale) for n in entrant.steps}
-            for count in sorted({*counts, SOLVER_STEPS}):
-                rows.append(self._row(source, f"teacher {_short(path)}", count, scale, None))
-        return rows
+    def __call__(self, board: Board, entrants: Sequence[Entrant]) -> Board:
+        """The board with a row for each student and teacher at each of their step counts."""
+        places = list(_places(entrants))
+        for place in places:
+            config = None if place.entrant is None else place.entrant.config.model_dump(mode="json")
+            found = self._found(place.row)
+            if found is not None:
+                board = board.merged(found).with_row(_same_figures(place.row, found.rows[0]), config)
+        for place in places:
+            if board.find(place.row.key) is None:
+                board = self._measured(board, place)
+                write_board(self._out / JSON, board)
+        return board
 
-    def student(self, entrant: Entrant, teachers: Sequence[Row]) -> Iterator[Row]:
-        """The rows of one run."""
-        source = open_source(str(entrant.folder))
-        path, scale = entrant.teacher
-        for count in entrant.steps:
-            row = self._row(source, entrant.config.method.name, count, scale, entrant)
-            alike = [
-                t for t in teachers if (t.method, t.steps, t.guidance) == (f"teacher {_short(path)}", count, scale)
-            ]
-            yield Row(**{**asdict(row), "of_teacher": row.fd / alike[0].fd})
+    def _found(self, row: Row) -> Board | None:
+        """The row of an earlier report as a board of its own, its pictures taken along."""
+        for each in self._known:
+            same = each.board.find(row.key)
+            if same is not None:
+                _take_pictures(each, [same], self._out)
+                return replace(each.board, rows=(same,), configs={})
+        return None
 
-    def _row(self, source: Source, name: str, count: int, scale: float, entrant: Entrant | None) -> Row:
-        request = self._request
-        typer.echo(f"measuring {name}, {count} step{'s' * (count > 1)}", err=True)
-        made = make_images(source, source.sampler_in(count), request.samples, request.batch_size, request.seed)
+    def _measured(self, board: Board, place: Place) -> Board:
+        row, request = place.row, self._request
+        typer.echo(f"measuring {row.method} {row.run}, {_steps(row.steps)}", err=True)
+        source = place.open()
+        made = make_images(source, source.sampler_in(row.steps), request.samples, request.batch_size, request.seed)
         self._judge = self._judge or Judge.of(request, source)
         scores = self._judge(made)
-        self._shown[f"{name}, {count}"] = Made(made.images[:SHOWN], None, made.seconds_per_image)
-        accuracy = None if scores.accuracy is None else scores.accuracy.value
-        cost = (None, None, None) if entrant is None else (entrant.config.run.seed, entrant.images, entrant.seconds)
-        stderr = scores.kid.stderr or 0.0
-        return Row(name, count, scores.fd.value, scores.kid.value, stderr, accuracy, None, scale, *cost,
-                   made.seconds_per_image)  # fmt: skip
-
-    def picture(self, path: Path) -> None:
-        """A row for each sampler, a column for each noise."""
-        rows = [torch.as_tensor(made.images) for made in self._shown.values()]
-        save_grid(path, rows, list(self._shown), scale=2)
+        save_strip(self._out / row.pictures, made.images[:SHOWN])
+        identity = f"{scores.features}, real images sha256:{scores.reference_sha256[:12]}"
+        floor = scores.floor["fd"].value if "fd" in scores.floor else None
+        new = Board(board.protocol, classes=source.classes[:SHOWN], identity=identity, floor=floor)
+        measured = _measured_row(row, scores, made.seconds_per_image)
+        config = None if place.entrant is None else place.entrant.config.model_dump(mode="json")
+        return board.merged(new).with_row(measured, config)
 
 
-def _short(path: str) -> str:
-    return path if path in embedded_teachers() else Path(path).name
+def _places(entrants: Sequence[Entrant]) -> Iterator[Place]:
+    """Every row of the table to be: each teacher at every step count of its students and at its own, then these."""
+    for teacher in sorted({each.teacher for each in entrants if each.teacher}, key=lambda one: (one.name, one.scale)):
+        counts = {count for each in entrants if each.teacher == teacher for count in each.steps}
+        opened = _once(lambda teacher=teacher: open_source(teacher.path, teacher.scale))
+        for count in sorted({*counts, SOLVER_STEPS}):
+            yield Place(_teachers_row(teacher, count), None, opened)
+    for each in entrants:
+        opened = _once(lambda each=each: open_source(str(each.folder)))
+        for count in each.steps:
+            yield Place(_students_row(each, count), each, opened)
 
 
-def _write(out: Path, rows: Sequence[Row], request: Request) -> None:
-    facts = {"reference": request.reference, "features": request.features, "samples": request.samples,
-             "seed": request.seed}  # fmt: skip
-    write_json(out / "report.json", {**facts, "rows": [asdict(row) for row in rows]})
-    lines = [
-        f"{request.samples} images a row against {request.samples} of {request.reference}, features "
-        f"{request.features}, evaluation seed {request.seed}; the same noise for all.",
-        "",
-        "| method | steps | fd | of teacher's | kid | accuracy | guidance | seed | training images | training time |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-        *map(_line, rows),
-    ]
-    partial = out / ".leaderboard.partial"
-    partial.write_text("\n".join(lines) + "\n")
-    partial.replace(out / "leaderboard.md")
+def _once(make: Callable[[], Source]) -> Callable[[], Source]:
+    """Opens the source when it is first asked for: what is known already is not even loaded."""
+    made: list[Source] = []
+
+    def opened() -> Source:
+        if not made:
+            made.append(make())
+        return made[0]
+
+    return opened
 
 
-def _line(row: Row) -> str:
-    share = "" if row.of_teacher is None else f"{row.of_teacher:.2f}"
-    accuracy = "" if row.accuracy is None else f"{row.accuracy:.3f}"
-    images = "" if row.training_images is None else f"{row.training_images:,}"
-    seconds = "" if row.training_seconds is None else f"{row.training_seconds:.0f} s"
-    seed = "" if row.seed is None else str(row.seed)
-    return (
-        f"| {row.method} | {row.steps} | {row.fd:.2f} | {share} | {row.kid:.4f} ± {row.kid_stderr:.4f} | {accuracy} "
-        f"| {row.guidance:g} | {seed} | {images} | {seconds} |"
+def _teachers_row(teacher: Teacher, count: int) -> Row:
+    return _empty_row(teacher.name, "", TEACHER, count, teacher.scale, teacher.source)
+
+
+def _students_row(each: Entrant, count: int) -> Row:
+    name = each.config.method.name
+    row = _empty_row(name, each.folder.name, registry.get(name).family, count, each.scale, each.source)
+    taught = None if each.teacher is None else each.teacher.source
+    return replace(
+        row,
+        seed=each.config.run.seed,
+        training_images=each.images,
+        training_seconds=each.seconds,
+        teacher=taught,
+        settings=each.settings,
     )
+
+
+def _empty_row(method: str, run: str, family: str, steps: int, guidance: float, source: str) -> Row:
+    name = f"{PICTURES}/{method.replace(' ', '-')}-{steps}-{guidance:g}-{source}.png"
+    nan = float("nan")
+    return Row(
+        method, run, family, steps, guidance, nan, nan, nan, None, nan, None, None, None, source, None, source, name
+    )
+
+
+def _measured_row(row: Row, scores: Scores, seconds: float) -> Row:
+    more = {name: score.value for name, score in scores.figures.items() if name not in _COLUMNS}
+    accuracy = None if scores.accuracy is None else scores.accuracy.value
+    return replace(row, fd=scores.fd.value, kid=scores.kid.value, kid_stderr=scores.kid.stderr or 0.0,
+                   accuracy=accuracy, seconds_per_image=seconds, more=more)  # fmt: skip
+
+
+def _same_figures(row: Row, known: Row) -> Row:
+    """The row with the figures of an earlier one; what it is called may have changed since."""
+    return replace(row, fd=known.fd, kid=known.kid, kid_stderr=known.kid_stderr, accuracy=known.accuracy,
+                   seconds_per_image=known.seconds_per_image, pictures=known.pictures, more=known.more)  # fmt: skip
+
+
+def _take_pictures(known: _Known, rows: Sequence[Row], out: Path) -> None:
+    for name in missing_pictures(rows, out):
+        if (known.folder / name).is_file():
+            (out / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(known.folder / name, out / name)
+
+
+def _write(out: Path, board: Board, title: str) -> None:
+    write_board(out / JSON, board)
+    shown = [row for row in board.rows if (out / row.pictures).is_file()]
+    if shown:
+        titles = [f"{row.method}, {_steps(row.steps)}\n{row.run}" for row in shown]
+        save_grid(out / "grid.png", [read_strip(out / row.pictures) for row in shown], titles, scale=2)
+    _replace(out / "leaderboard.md", markdown(board, title))
+    _replace(out / "index.html", page(board, title, out))
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def _steps(count: int) -> str:
+    return f"{count} step{'s' * (count > 1)}"
 
 
 def _writable(out: Path) -> None:

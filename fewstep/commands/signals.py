@@ -7,10 +7,8 @@ import threading
 from types import FrameType
 from typing import Any
 
-import torch
-import torch.distributed as dist
-
 from fewstep.training.loop import TrainState
+from fewstep.training.processes import true_in_any
 
 STOP = (signal.SIGTERM, signal.SIGINT)
 
@@ -50,6 +48,4 @@ class Signals:
             return self._heard is not None
         if step % state.config.train.log_every:
             return False
-        heard = torch.tensor(float(self._heard is not None), device=state.accelerator.device)
-        dist.all_reduce(heard, dist.ReduceOp.MAX)
-        return bool(heard)
+        return true_in_any(self._heard is not None, state.accelerator.device)

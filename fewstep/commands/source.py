@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fewstep.diffusion.solvers import Denoiser, Sampler, sample
+from fewstep.diffusion.solvers import Denoiser, Sampler, sample, trajectory
 from fewstep.errors import UserError, did_you_mean
 from fewstep.models.conditioning import Condition
 from fewstep.models.denoiser import NetworkDenoiser
+from fewstep.models.encoder import Encoder, open_encoder
 from fewstep.models.guidance import Guided
 from fewstep.models.guidance_input import at_scale
 from fewstep.models.load import load_denoiser, resolve
 from fewstep.pipelines.manifest import Manifest, is_export, read_manifest
-from fewstep.training.finished import SOLVER_STEPS, load_run
+from fewstep.training.finished import SOLVER_STEPS, Finished, load_run
 
 _CHANNELS = (1, 3)
 
@@ -33,6 +35,7 @@ class Source:
         class_count: labels it takes; 0 is unconditional.
         classes: their names by number; empty where they are not known.
         few_step: whether it was made for the sampler's number of steps.
+        encoder: the pipeline's text encoders and VAE, where samples are latents; `shape` is then theirs.
     """
 
     denoiser: Denoiser
@@ -41,6 +44,7 @@ class Source:
     class_count: int
     classes: tuple[str, ...]
     few_step: bool
+    encoder: Encoder | None = None
 
     def sampler_in(self, steps: int) -> Sampler:
         """Its sampler in that many steps; its own where that is their number.
@@ -56,6 +60,24 @@ class Source:
         condition = Condition.none() if labels is None else Condition.of_labels(labels)
         with torch.no_grad():
             return sample(self.denoiser, sampler, noise, condition, torch.Generator().manual_seed(seed))
+
+    def predictions(self, sampler: Sampler, noise: Tensor, condition: Condition, seed: int) -> Iterator[Tensor]:
+        """Every step's x̂_0 as images `(B, C, H, W)`, the last one the sample; fresh noise from `seed`."""
+        with torch.no_grad():
+            for seen in trajectory(self.denoiser, sampler, noise, condition, torch.Generator().manual_seed(seed)):
+                yield seen.x0 if self.encoder is None else self.encoder.images(seen.x0)
+
+    def of_prompts(self, prompts: Sequence[str]) -> Condition:
+        """The condition of prompts.
+
+        Raises:
+            UserError: it takes none.
+        """
+        if self.encoder is None:
+            raise UserError(
+                f"prompt: {prompts[0]!r} given, this network takes {'classes' if self.class_count else 'none'}"
+            )
+        return self.encoder.prompts(prompts)
 
     def class_number(self, word: str) -> int:
         """The class of a name or number.
@@ -87,8 +109,7 @@ def open_source(name: str, guidance: float | None = None) -> Source:
     """
     folder = Path(name)
     if (folder / "config.json").is_file() and not (folder / "model_index.json").is_file():
-        run = load_run(folder)
-        return _source(run.student, run.sampler, run.classes, run.few_step, guidance)
+        return of_run(load_run(folder), guidance)
     pipeline = resolve(name)
     denoiser = load_denoiser(str(pipeline))
     manifest = read_manifest(pipeline) if is_export(pipeline) else None
@@ -96,6 +117,78 @@ def open_source(name: str, guidance: float | None = None) -> Source:
         return _source(denoiser, Sampler.of(denoiser.process, SOLVER_STEPS, "ddim"), (), False, guidance)
     stated = guidance if guidance is not None else manifest.guidance
     return _source(denoiser, manifest.sampler, manifest.classes, _few_step(manifest), stated)
+
+
+def open_any(name: str, guidance: float | None = None, side: int | None = None) -> Source:
+    """The source of that name, of latents and prompts too.
+
+    Args:
+        name: as for `open_source`.
+        guidance: as for `open_source`.
+        side: of the images in pixels, where samples are latents; None: the pipeline's own.
+
+    Raises:
+        UserError: as for `open_source`, or text encoders or VAE are missing, or the side does not fit them.
+    """
+    folder = Path(name)
+    if (folder / "config.json").is_file() and not (folder / "model_index.json").is_file():
+        run = load_run(folder)
+        if _makes_pictures(run.student):
+            return of_run(run, guidance)
+        if run.config.teacher.path is None:
+            raise UserError(f"{folder}: its samples are latents, and no teacher's VAE is there to show them")
+        bare = _Latents(run.student, run.sampler, run.few_step, resolve(run.config.teacher.path), run.classes)
+        return bare.source(guidance, side or run.config.data.size)
+    pipeline = resolve(name)
+    denoiser = load_denoiser(str(pipeline))
+    if _makes_pictures(denoiser):
+        return open_source(name, guidance)
+    if not is_export(pipeline):
+        return _Latents(denoiser, Sampler.of(denoiser.process, SOLVER_STEPS, "ddim"), False, pipeline).source(
+            guidance, side
+        )
+    manifest = read_manifest(pipeline)
+    stated = guidance if guidance is not None else manifest.guidance
+    return _Latents(denoiser, manifest.sampler, _few_step(manifest), pipeline, manifest.classes).source(stated, side)
+
+
+@dataclass(frozen=True)
+class _Latents:
+    """A network whose samples are latents, and the folder with its VAE."""
+
+    denoiser: NetworkDenoiser
+    sampler: Sampler
+    few_step: bool
+    folder: Path
+    classes: tuple[str, ...] = ()
+
+    def source(self, guidance: float | None, side: int | None) -> Source:
+        encoder = open_encoder(str(self.folder), side=side)
+        labelled = encoder.capture.subject == "class_labels"
+        null = self.denoiser.null
+        count = int(null.labels) if labelled and null is not None and null.labels is not None else 0
+        told = self.denoiser if guidance in (None, 1.0) or labelled else replace(self.denoiser, null=encoder.null())
+        guided = _guided(told, self.few_step, guidance)
+        shape: Any = encoder.latent_shape(side) if side is not None else self._own_shape()
+        classes = self.classes if count else ()
+        return Source(guided, self.sampler, shape, count, classes, self.few_step, encoder)
+
+    def _own_shape(self) -> tuple[int, ...]:
+        """As many latent pixels as the network was made for."""
+        config: Any = getattr(self.denoiser.network, "config", {})
+        family, own = self.denoiser.family, config.get("sample_size")
+        if family.packed or family.frames is not None or not isinstance(own, int):
+            raise UserError(f"--size: {self.folder} does not tell the side of its images; give it in pixels")
+        return config["in_channels"], own, own
+
+
+def of_run(run: Finished, guidance: float | None = None) -> Source:
+    """The source that a run's student is, finished or in training.
+
+    Raises:
+        UserError: samples are no pictures, or the guidance is none that the student takes.
+    """
+    return _source(run.student, run.sampler, run.classes, run.few_step, guidance)
 
 
 def _few_step(manifest: Manifest) -> bool:
@@ -118,10 +211,17 @@ def _guided(denoiser: NetworkDenoiser, few_step: bool, guidance: float | None) -
     return Guided(denoiser, denoiser.null, 1.0 if guidance is None else guidance)
 
 
+def _makes_pictures(denoiser: NetworkDenoiser) -> bool:
+    from diffusers import UNet2DModel
+
+    network = denoiser.network  # spread over processes, it is of a class below its own
+    return isinstance(network, UNet2DModel) and network.config["in_channels"] in _CHANNELS
+
+
 def _picture_shape(denoiser: NetworkDenoiser) -> tuple[int, int, int]:
     config: Any = getattr(denoiser.network, "config", {})
     name = type(denoiser.network).__name__
-    if name != "UNet2DModel" or config["in_channels"] not in _CHANNELS:
+    if not _makes_pictures(denoiser):
         raise UserError(f"source: {name} makes latents; only UNet2DModel with 1 or 3 channels makes pictures by itself")
     side = config["sample_size"]
     height, width = (side, side) if isinstance(side, int) else side

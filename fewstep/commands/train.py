@@ -13,21 +13,25 @@ import typer
 from fewstep.commands.configs import find
 from fewstep.commands.pictures import sample_grid
 from fewstep.commands.signals import Signals
+from fewstep.commands.watch import Watch
 from fewstep.config import RunConfig
 from fewstep.config_file import load
 from fewstep.errors import RunError, UserError
 from fewstep.training import checkpoint
 from fewstep.training.assemble import assemble, make_accelerator, open_sources
+from fewstep.training.clock import Clock, Speed
+from fewstep.training.failures import ends_told
 from fewstep.training.loop import Report, TrainState, train
-from fewstep.training.tracking import Log
+from fewstep.training.processes import equal_in_all
+from fewstep.training.tracking import Log, require_trackers
 
 CHECKPOINTS = "checkpoints"
 
 
-def run(path: Path, overrides: Sequence[str]) -> None:
+def run(path: Path, overrides: Sequence[str], force: bool = False) -> None:
     """Train the config at `path`, with a progress bar, and say where the result lies."""
     config = load(find(path), overrides)
-    state = start(config)
+    state = start(config, force)
     for _ in logged(state):
         pass
     if state.accelerator.is_main_process:
@@ -35,8 +39,18 @@ def run(path: Path, overrides: Sequence[str]) -> None:
     state.accelerator.end_training()
 
 
-def start(config: RunConfig) -> TrainState:
-    """Everything built, and put back to the last checkpoint where there is one."""
+def start(config: RunConfig, force: bool = False) -> TrainState:
+    """Everything built, and put back to the last checkpoint where there is one.
+
+    Args:
+        config: the run's.
+        force: go on from a checkpoint of another config, and say what is different.
+
+    Raises:
+        UserError: something is missing, does not fit, or is another than in the checkpoint.
+        RunError: the processes do not see the same checkpoints.
+    """
+    require_trackers(config.train.trackers)
     accelerator = make_accelerator(config)
     state = assemble(config, open_sources(config, accelerator.device), accelerator)
     found = checkpoint.list_checkpoints(config.run.dir / CHECKPOINTS)
@@ -45,7 +59,15 @@ def start(config: RunConfig) -> TrainState:
             f"run.dir: {config.run.dir} holds {found[-1].name}; resume with train.resume=auto, or change it"
         )
     told = typer.echo if accelerator.is_main_process else _silent
-    resumed = checkpoint.restore_last(config.run.dir / CHECKPOINTS, state, lambda text: told(f"warning: {text}"))
+    resumed = checkpoint.restore_last(
+        config.run.dir / CHECKPOINTS,
+        state,
+        lambda text: told(f"warning: {text}"),
+        (lambda text: told(f"warning: forced, {text}")) if force else None,
+    )
+    if not equal_in_all(state.step, accelerator.device):
+        raise RunError(f"run.dir: not every process finds the same checkpoint in {config.run.dir} (here step "
+                       f"{state.step}); all machines must see one folder")  # fmt: skip
     if resumed is not None:
         told(f"resumed from {resumed}")
     return state
@@ -59,27 +81,41 @@ def logged(state: TrainState) -> Iterator[Report]:
     """Train to the end, with log, progress bar, sample grids and checkpoints at their cadence.
 
     Raises:
-        RunError: a signal asked the run to stop, and it has saved where it was; or gradients stay non-finite.
+        RunError: a signal asked the run to stop, and it has saved where it was; gradients stay non-finite; the disk
+            takes no more; its data cannot be read any more; or another process has gone.
     """
+    with ends_told(state.config.run.dir / CHECKPOINTS):
+        yield from _logged(state)
+
+
+def _logged(state: TrainState) -> Iterator[Report]:
     config, main = state.config, state.accelerator.is_main_process
     if main:
         write_config(config)
-    log = Log(config.run.dir, state.step) if main else None
+    watch = Watch(state)
+    log = Log(config, state.step) if main else None
+    watch.keep_best()
+    state.clock = Clock(state.accelerator.device)
+    speed = Speed(state.clock, state.accelerator.device, state.step, config.data.batch_size)
     try:
         with _Progress(state) as advance, Signals() as signals:
             for report in train(state):
-                if _due(report.step, config.train.log_every, config):
-                    if log is not None:
-                        log.write(report, report.step * config.data.batch_size)
+                figures, due = watch.look(), _due(report.step, config.train.log_every, config)
+                if log is not None and (due or figures):
+                    log.write(report, report.step * config.data.batch_size, figures | speed.read(report.step))
+                if due:
                     refuse_bad_steps(state)
                 advance(report)
                 if signals.agreed(state, report.step):
                     save(state)
                     raise RunError(f"{signals.name}: saved at step {report.step}; the same command goes on from there")
-                if main and config.train.sample_every and _due(report.step, config.train.sample_every, config):
+                if config.train.sample_every and _due(report.step, config.train.sample_every, config):
                     sample_grid(state, config.run.dir / "samples" / f"step-{report.step:08d}.png")
-                if _due(report.step, config.train.checkpoint_every, config):
+                new_best = watch.is_best()
+                if new_best or _due(report.step, config.train.checkpoint_every, config):
                     save(state)
+                if new_best:
+                    watch.keep_best()
                 yield report
     finally:
         if log is not None:
@@ -87,10 +123,8 @@ def logged(state: TrainState) -> Iterator[Report]:
 
 
 def save(state: TrainState) -> None:
-    """A checkpoint by the main process; the others wait, so that none runs ahead of a torn one."""
-    if state.accelerator.is_main_process:
-        checkpoint.save(state.config.run.dir / CHECKPOINTS, state)
-    state.accelerator.wait_for_everyone()
+    """A checkpoint by the main process; the others lend their parts and wait, so that none runs ahead of a torn one."""
+    checkpoint.save(state.config.run.dir / CHECKPOINTS, state)
 
 
 def refuse_bad_steps(state: TrainState) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fewstep.models.conditioning import Condition
+from fewstep.models.transfer import sent
 
 
 @dataclass(frozen=True)
@@ -26,4 +27,4 @@ class Batch:
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`."""
-        return Batch(self.x.to(device, non_blocking=True), self.condition.to(device), self.index)
+        return Batch(sent(self.x, device), self.condition.to(device), self.index)

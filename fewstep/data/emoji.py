@@ -55,6 +55,7 @@ class EmojiBatch:
         meaning: what the scenes show, as numbers.
         layout: where the objects lie.
         vocabulary: names of the numbers.
+        condition: none that is ready made.
     """
 
     images: Tensor
@@ -62,6 +63,7 @@ class EmojiBatch:
     meaning: Meaning
     layout: Layout
     vocabulary: Vocabulary
+    condition: None = None
 
     @cached_property
     def scenes(self) -> tuple[Scene, ...]:

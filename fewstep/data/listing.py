@@ -36,8 +36,8 @@ def list_folder(folder: Path) -> Listing:
     Raises:
         UserError: the folder is missing, holds no image, or is laid out in neither way.
     """
-    _require_folder(folder)
-    files = _images_below(folder)
+    require_folder(folder)
+    files = images_below(folder)
     if (folder / METADATA).is_file():
         return _captioned(folder, files)
     if not files:
@@ -45,7 +45,12 @@ def list_folder(folder: Path) -> Listing:
     return _classed(folder, files)
 
 
-def _require_folder(folder: Path) -> None:
+def require_folder(folder: Path) -> None:
+    """Refuse what is no folder.
+
+    Raises:
+        UserError: it is a file, or nothing; the line names the nearest folder beside it.
+    """
     if folder.is_dir():
         return
     if folder.exists():
@@ -55,7 +60,7 @@ def _require_folder(folder: Path) -> None:
     raise UserError(f"data.path: no folder {str(folder)!r}{near}")
 
 
-def _images_below(folder: Path) -> list[Path]:
+def images_below(folder: Path) -> list[Path]:
     """Image files at any depth, hidden files and folders left out, in an order that no file system decides."""
     found = [p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()]
     shown = [p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts)]
@@ -78,8 +83,7 @@ def _classed(folder: Path, files: list[Path]) -> Listing:
 
 
 def _captioned(folder: Path, files: list[Path]) -> Listing:
-    lines = (folder / METADATA).read_text(encoding="utf-8").splitlines()
-    rows = [_row(folder, number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    rows = metadata_rows(folder)
     if not rows:
         raise UserError(f"data.path: {str(folder / METADATA)!r} is empty")
     named = {entry.path for entry in rows}
@@ -89,21 +93,42 @@ def _captioned(folder: Path, files: list[Path]) -> Listing:
             f"data.path: {str(folder / METADATA)!r} has no caption for {len(missing)} of {len(files)} images, "
             f"such as {missing[0].relative_to(folder).as_posix()!r}"
         )
-    return Listing(tuple(rows), ())
+    return Listing(rows, ())
 
 
-def _row(folder: Path, number: int, line: str) -> Entry:
+def metadata_rows(folder: Path, key: str = "text", optional: bool = False) -> tuple[Entry, ...]:
+    """The lines of a folder's `metadata.jsonl`.
+
+    Args:
+        folder: that the file lies in.
+        key: of the caption in a line.
+        optional: whether a line may lack the caption; it is empty then.
+
+    Raises:
+        UserError: the file is no text, or a line is no JSON, lacks a key, or names no file in the folder.
+    """
+    path = folder / METADATA
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise UserError(f"data.path: {str(path)!r} is no text in UTF-8 (byte {error.start})") from error
+    return tuple(_row(folder, number, line, key, optional) for number, line in enumerate(lines, 1) if line.strip())
+
+
+def _row(folder: Path, number: int, line: str, key: str, optional: bool) -> Entry:
     place = f"data.path: {str(folder / METADATA)!r} line {number}"
     try:
         row: Any = json.loads(line)
     except json.JSONDecodeError as error:
         raise UserError(f"{place}: no JSON ({error})") from error
-    for key in ("file_name", "text"):
-        if not isinstance(row, dict) or not isinstance(row.get(key), str):
-            raise UserError(f"{place}: needs {key!r}, a string")
+    if optional and isinstance(row, dict) and row.get(key) is None:
+        row = {**row, key: ""}
+    for needed in ("file_name", key):
+        if not isinstance(row, dict) or not isinstance(row.get(needed), str):
+            raise UserError(f"{place}: needs {needed!r}, a string")
     relative = Path(row["file_name"])
     if relative.is_absolute() or ".." in relative.parts:
         raise UserError(f"{place}: {row['file_name']!r} leads out of the folder")
     if not (folder / relative).is_file():
         raise UserError(f"{place}: no file {row['file_name']!r}")
-    return Entry(folder / relative, caption=row["text"])
+    return Entry(folder / relative, caption=row[key])

@@ -2,53 +2,82 @@
 
 from __future__ import annotations
 
-import os
-import sys
-import threading
-import time
-import warnings
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader
+from torch import Tensor
 
 from fewstep.data.batch import Batch
 from fewstep.data.counter import random_words
-from fewstep.data.samples import Dataset
+from fewstep.data.faults import DataFault
+from fewstep.data.samples import Dataset, SampleBatch
+from fewstep.data.workers import answers
 from fewstep.errors import UserError
 from fewstep.models.conditioning import Condition
 
-_AHEAD = 2  # batches a worker prepares before they are asked for
+
+@dataclass(frozen=True)
+class _Made:
+    """A batch on its way: arrays, because they travel by value.
+
+    Attributes:
+        x: the samples.
+        batched: the condition's tensors.
+        shared: the condition's values that hold for the batch.
+    """
+
+    x: NDArray[Any]
+    batched: Mapping[str, NDArray[Any]]
+    shared: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
-class _Delivery:
-    """What a worker sends: a batch, or the line of a user's mistake it met (an exception would arrive mangled).
+class _Refused:
+    """Why there is no batch (an exception would arrive mangled).
 
-    Arrays, because they travel by value; a tensor would travel as a handle that dies with its worker.
+    Attributes:
+        kind: what to raise.
+        line: what it says.
     """
 
-    x: NDArray[np.float32] | None = None
-    labels: NDArray[np.int64] | None = None
-    mistake: str = ""
+    kind: type[Exception]
+    line: str
 
 
 @dataclass(frozen=True)
 class _Requests:
-    """The data set as torch's loader calls it: a whole batch for a list of indices."""
+    """The data set as a worker calls it: a whole batch for a list of indices."""
 
     dataset: Dataset
 
-    def __getitems__(self, indices: Sequence[int]) -> _Delivery:
+    def __call__(self, indices: Sequence[int]) -> _Made | _Refused:
         try:
-            samples = self.dataset.batch(indices)
-        except UserError as error:
-            return _Delivery(mistake=str(error))
-        return _Delivery(samples.images.numpy(), samples.labels.numpy() if samples.labels is not None else None)
+            return _packed(self.dataset.batch(indices))
+        except (UserError, DataFault) as error:
+            return _Refused(type(error), str(error))
+        except Exception:
+            return _Refused(RuntimeError, traceback.format_exc())
+
+
+def _packed(samples: SampleBatch) -> _Made:
+    condition = samples.condition
+    if condition is None:
+        condition = Condition.none() if samples.labels is None else Condition.of_labels(samples.labels)
+    batched = {key: value.numpy() for key, value in condition.batched.items()}
+    shared = {key: value.numpy() if isinstance(value, Tensor) else value for key, value in condition.shared.items()}
+    return _Made(samples.images.numpy(), batched, shared)
+
+
+def _unpacked(made: _Made, indices: Sequence[int]) -> Batch:
+    shared = {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in made.shared.items()}
+    condition = Condition({key: torch.from_numpy(value) for key, value in made.batched.items()}, shared)
+    return Batch(torch.from_numpy(made.x), condition, torch.tensor(indices))
 
 
 class Loader:
@@ -98,13 +127,11 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         position = self.position
         for indices, delivery in zip(self._indices(position), self._deliveries(position), strict=True):
-            if delivery.x is None:
-                raise UserError(delivery.mistake)
-            labels = delivery.labels
-            condition = Condition.none() if labels is None else Condition.of_labels(torch.from_numpy(labels))
+            if isinstance(delivery, _Refused):
+                raise delivery.kind(delivery.line)
             position += self._world * self._batch_size
             self.position = position
-            yield Batch(torch.from_numpy(delivery.x), condition, torch.tensor(indices))
+            yield _unpacked(delivery, indices)
 
     def _indices(self, position: int) -> Iterator[list[int]]:
         """Sample indices of this process's batches from a global position on."""
@@ -114,11 +141,10 @@ class Loader:
             yield sample_indices(places, self._seed, self.dataset.length).tolist()
             position += self._world * self._batch_size
 
-    def _deliveries(self, position: int) -> Iterator[_Delivery]:
-        requests = _Requests(self.dataset)
+    def _deliveries(self, position: int) -> Iterator[_Made | _Refused]:
         if self._workers:
-            return _from_workers(requests, self._indices(position), self._workers)
-        return map(requests.__getitems__, self._indices(position))
+            return answers(_Requests(self.dataset), self._indices(position), self._workers)
+        return (_packed(self.dataset.batch(indices)) for indices in self._indices(position))
 
 
 def sample_indices(places: NDArray[np.int64], seed: int, length: int | None) -> NDArray[np.int64]:
@@ -138,47 +164,3 @@ def epoch_order(seed: int, epoch: int, length: int) -> NDArray[np.int64]:
     """A permutation of `length` samples: their order when each is given a hash of (seed, epoch, index)."""
     keys = random_words(seed, f"order of epoch {epoch}", np.arange(length, dtype=np.uint64))
     return np.argsort(keys, kind="stable")
-
-
-def _from_workers(requests: _Requests, indices: Iterator[list[int]], workers: int) -> Iterator[_Delivery]:
-    """Deliveries in the order of `indices`, made by `workers` processes."""
-    # Workers are forked where that is safe and cheap: they use NumPy and single-threaded torch on the CPU, never a
-    # device. Python warns about any fork beside threads; torch's own default is the same and is told the same.
-    loader = DataLoader(
-        requests,  # pyright: ignore[reportArgumentType]
-        batch_sampler=indices,  # pyright: ignore[reportArgumentType]
-        num_workers=workers,
-        prefetch_factor=_AHEAD,
-        collate_fn=_as_is,  # pyright: ignore[reportArgumentType]
-        multiprocessing_context="fork" if sys.platform == "linux" else None,
-        worker_init_fn=partial(_leave_with, os.getpid()),
-        generator=torch.Generator(),  # else the global generator would move
-    )
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*fork.*", category=DeprecationWarning)
-        deliveries = iter(loader)
-    while True:
-        try:
-            delivery = next(deliveries)
-        except RuntimeError as error:
-            if "exited unexpectedly" not in str(error) and "is killed by signal" not in str(error):
-                raise
-            raise RuntimeError(
-                f"a data loader worker died (out of memory?); data.workers=0 shows why: {error}"
-            ) from error
-        yield delivery
-
-
-def _leave_with(parent: int, worker: int) -> None:
-    """Makes a worker end within a second of its parent, even when that was killed while the worker had data to hand."""
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, name=f"parent of worker {worker}", daemon=True).start()
-
-
-def _as_is(delivery: _Delivery) -> _Delivery:
-    return delivery

@@ -59,6 +59,39 @@ class FolderOptions(Options):
     """How many class sub-folders there must be."""
 
 
+class CaptionOptions(Options):
+    """What all sets of captioned pictures have in common."""
+
+    flip: bool = False
+    """Adds every picture a second time, mirrored."""
+    allow_upscale: bool = False
+    """Accepts pictures smaller than the size."""
+    caption_key: str = "text"
+    """The caption's key in `metadata.jsonl` and in `.json` members, or its column."""
+    strict: bool = False
+    """Refuses pictures without a caption, in place of leaving them out with a warning."""
+
+
+class TableOptions(CaptionOptions):
+    """Arguments of `Table`."""
+
+    config: str | None = None
+    """The set's configuration, where it has several."""
+    split: str = "train"
+    """The split, as `datasets.load_dataset` takes it."""
+    image_key: str = "image"
+    """The column of pictures."""
+    streaming: bool = False
+    """Only false is allowed: a stream has no place to go on from."""
+
+
+class CacheOptions(Options):
+    """Arguments of `CachedLatents`."""
+
+    check: bool = True
+    """Compares the checksum of every file when the cache is opened; their sizes are always compared."""
+
+
 OptionsT = TypeVar("OptionsT", bound=Options)
 
 

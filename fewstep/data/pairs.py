@@ -14,6 +14,7 @@ from torch import Tensor
 from fewstep.data.batch import Batch
 from fewstep.errors import UserError
 from fewstep.models.conditioning import Condition
+from fewstep.models.transfer import sent
 from fewstep.rng import Rng
 
 _CONDITION = "condition."
@@ -74,7 +75,7 @@ class Pairs:
         """`batch` pairs, drawn with replacement; all processes together draw what one would for their common batch."""
         rows = rng.rows(len(self.stored.x0), batch)
         pair = Pair(self.stored.noise[rows], self.stored.x0[rows], self.stored.condition.rows(rows))
-        return Pair(pair.noise.to(self.device), pair.x0.to(self.device), pair.condition.to(self.device))
+        return Pair(sent(pair.noise, self.device), sent(pair.x0, self.device), pair.condition.to(self.device))
 
 
 def save_pairs(path: Path, pair: Pair) -> None:

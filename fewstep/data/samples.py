@@ -8,6 +8,8 @@ from typing import Protocol
 
 from torch import Tensor
 
+from fewstep.models.conditioning import Condition
+
 
 class SampleBatch(Protocol):
     """A batch of clean samples with whatever is known about them."""
@@ -25,6 +27,11 @@ class SampleBatch(Protocol):
     @property
     def captions(self) -> tuple[str, ...] | None:
         """One sentence an image, or None."""
+        ...
+
+    @property
+    def condition(self) -> Condition | None:
+        """What the network is told, ready made, in place of the labels; or None."""
         ...
 
 
@@ -71,11 +78,13 @@ class Samples:
         images: `(B, C, H, W)` float32 in [-1, 1], or vectors `(B, D)`.
         labels: `(B,)` int64, or None.
         captions: one sentence an image, or None.
+        condition: what the network is told, ready made, in place of the labels; or None.
     """
 
     images: Tensor
     labels: Tensor | None = None
     captions: tuple[str, ...] | None = None
+    condition: Condition | None = None
 
 
 @dataclass(frozen=True)

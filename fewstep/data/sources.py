@@ -8,11 +8,27 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from fewstep.data.cached import CachedLatents
+from fewstep.data.caption_files import CaptionFiles
+from fewstep.data.captioned import Captioned
 from fewstep.data.digits import Digits
 from fewstep.data.emoji import EmojiScenes, emoji32
 from fewstep.data.folder import ImageFolder
-from fewstep.data.options import Emoji32Options, EmojiOptions, FolderOptions, NoOptions, read_options
+from fewstep.data.options import (
+    CacheOptions,
+    CaptionOptions,
+    Emoji32Options,
+    EmojiOptions,
+    FolderOptions,
+    NoOptions,
+    TableOptions,
+    read_options,
+)
+from fewstep.data.pictures import Fit
+from fewstep.data.prompts import PromptList
 from fewstep.data.samples import Dataset as Dataset
+from fewstep.data.table import Table
+from fewstep.data.tar_shards import TarShards
 from fewstep.errors import UserError, did_you_mean
 
 _NONE: Mapping[str, Any] = MappingProxyType({})
@@ -41,11 +57,11 @@ def open_dataset(
     """The data set of that name.
 
     Args:
-        name: "emoji", "emoji32", "digits" or "folder".
-        size: side of the images; None for the set's own (32, 32, 8, 64).
+        name: "emoji", "emoji32", "digits", "folder", "captions", "webdataset", "huggingface", "prompts" or "cache".
+        size: side of the images; None for the set's own (32, 32, 8, 64; captioned sets have none, a cache its own).
         seed: which endless stream of scenes.
         split: "train" or "held_out".
-        path: the folder of "folder".
+        path: the folder or file of a set that is not embedded.
         options: further arguments of the set.
 
     Raises:
@@ -80,12 +96,67 @@ def _digits(request: Request) -> Dataset:
 
 
 def _folder(request: Request) -> Dataset:
-    if request.path is None:
-        raise UserError("data.path: missing; data.name=folder needs the folder of the images")
-    if request.split != "train":
-        raise UserError("data.split: a folder is one split; give the other one as a folder of its own")
+    path = _required_path("folder", request, "the folder of the images")
     options = read_options(FolderOptions, request.options)
-    return ImageFolder(request.path, size=request.size or 64, **options.model_dump())
+    return ImageFolder(path, size=request.size or 64, **options.model_dump())
+
+
+def _captions(request: Request) -> Dataset:
+    path = _required_path("captions", request, "the folder of the images")
+    options = read_options(CaptionOptions, request.options)
+    size = _required_size("captions", request)
+    return Captioned(CaptionFiles(path, caption_key=options.caption_key, strict=options.strict), _fit(size, options))
+
+
+def _webdataset(request: Request) -> Dataset:
+    path = _required_path("webdataset", request, "a tar file, or a folder of them")
+    options = read_options(CaptionOptions, request.options)
+    size = _required_size("webdataset", request)
+    return Captioned(TarShards(path, caption_key=options.caption_key, strict=options.strict), _fit(size, options))
+
+
+def _huggingface(request: Request) -> Dataset:
+    path = _required_path("huggingface", request, "a folder of `datasets`, or a hub name")
+    options = read_options(TableOptions, request.options)
+    if options.streaming:
+        raise UserError("data.options.streaming: a stream has no sample to go on from, so that a resumed run would be "
+                        "another; leave it out, or make a cache of the set with `fewstep cache`")  # fmt: skip
+    table = Table(path, config=options.config, split=options.split, image_key=options.image_key,
+                  caption_key=options.caption_key, strict=options.strict)  # fmt: skip
+    return Captioned(table, _fit(_required_size("huggingface", request), options))
+
+
+def _prompts(request: Request) -> Dataset:
+    path = _required_path("prompts", request, "a text file with one prompt a line")
+    read_options(NoOptions, request.options)
+    return PromptList(path, size=_required_size("prompts", request))
+
+
+def _cache(request: Request) -> Dataset:
+    path = _required_path("cache", request, "the folder that `fewstep cache` made")
+    cache = CachedLatents(path, check=read_options(CacheOptions, request.options).check)
+    if request.size not in (None, cache.index.plan.size):
+        raise UserError(f"data.size: {request.size} given, the cache in {path} is of images of "
+                        f"{cache.index.plan.size}; leave it out, or make another cache")  # fmt: skip
+    return cache
+
+
+def _required_path(name: str, request: Request, what: str) -> Path:
+    if request.path is None:
+        raise UserError(f"data.path: missing; data.name={name} needs {what}")
+    if request.split != "train":
+        raise UserError("data.split: what data.path names is one split; give the other one as a set of its own")
+    return request.path
+
+
+def _required_size(name: str, request: Request) -> int:
+    if request.size is None:
+        raise UserError(f"data.size: missing; data.name={name} has no size of its own")
+    return request.size
+
+
+def _fit(size: int, options: CaptionOptions) -> Fit:
+    return Fit(size, options.flip, options.allow_upscale)
 
 
 def _require_size(name: str, found: int | None, only: int, hint: str = "") -> None:
@@ -98,5 +169,10 @@ _OPENERS: dict[str, Callable[[Request], Dataset]] = {
     "emoji32": _emoji32,
     "digits": _digits,
     "folder": _folder,
+    "captions": _captions,
+    "webdataset": _webdataset,
+    "huggingface": _huggingface,
+    "prompts": _prompts,
+    "cache": _cache,
 }
-_WITH_PATH = ("folder",)
+_WITH_PATH = ("folder", "captions", "webdataset", "huggingface", "prompts", "cache")

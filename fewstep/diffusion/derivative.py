@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,7 +45,7 @@ def along(
             mixed precision rounds a derivative away.
         step: of the difference.
     """
-    with torch.no_grad(), torch.autocast(at[0].device.type, enabled=False):
+    with torch.no_grad(), _full_precision(at[0]):
         if how == "jvp":
             return forward_derivative(function, at, direction)
         ahead, behind = (
@@ -61,6 +63,20 @@ def forward_derivative(
     a convolution may be given values and slopes of two precisions. A fused layer norm has a wrong second
     derivative, without an error: train slopes inside `arithmetic_layer_norm()` alone.
     """
-    with sdpa_kernel(SDPBackend.MATH), torch.autocast(at[0].device.type, enabled=False):
+    with sdpa_kernel(SDPBackend.MATH), _full_precision(at[0]), _not_compiled():
         both = torch.func.jvp(function, at, direction)
     return Tangent(both[0], both[1])
+
+
+def _full_precision(like: Tensor) -> torch.autocast:
+    """Mixed precision is off inside; the meta device has none to turn off."""
+    return torch.autocast("cpu" if like.is_meta else like.device.type, enabled=False)
+
+
+def _not_compiled() -> AbstractContextManager[object]:
+    """Inside, compiled modules run as they are: torch.compile gives up on one that it meets in a derivative, for good.
+
+    Where nothing was compiled there is nothing to hold off, and torch's compiler is not loaded for it.
+    """
+    loaded = "torch._dynamo" in sys.modules
+    return torch.compiler.set_stance("force_eager") if loaded else nullcontext()

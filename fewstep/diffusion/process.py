@@ -7,12 +7,13 @@ derivatives there. Times are float32 or float64 tensors of any shape; results ha
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from fewstep.diffusion.forward import Kernel, Process, check_steps, expand
+from fewstep.diffusion.shift import USUAL_STEPS, DynamicShift
 from fewstep.errors import UserError
 
 __all__ = ["EDM", "VP", "Flow", "Kernel", "Process", "State", "TrigFlow", "expand", "transfer"]
@@ -158,11 +159,22 @@ class Flow(Process):
 
     Attributes:
         shift: bends the step list towards noise, t' = shift·t/(1 + (shift−1)·t) (Esser et al. 2024, eq. 23).
+        timesteps: what a diffusers scheduler calls t = 1.
+        dynamic: the shift as a function of the sample's size and the number of steps; `sized` tells it the size.
     """
 
     shift: float = 1.0
     t_min: float = 0.0
     t_max: float = 1.0
+    timesteps: float = 1000.0
+    dynamic: DynamicShift | None = None
+
+    def sized(self, tokens: int) -> Flow:
+        """The same process for samples of that many tokens; itself where the shift is not dynamic."""
+        if self.dynamic is None:
+            return self
+        dynamic = replace(self.dynamic, tokens=tokens)
+        return replace(self, shift=dynamic.shift(USUAL_STEPS), dynamic=dynamic)
 
     def alpha(self, t: Tensor) -> Tensor:
         """1 − t."""
@@ -191,8 +203,9 @@ class Flow(Process):
     def step_list(self, n: int) -> tuple[float, ...]:
         """1, (n−1)/n, ..., 1/n, bent by `shift`: n=4, shift 3: 1, 0.9, 0.75, 0.5."""
         check_steps(n)
+        shift = self.shift if self.dynamic is None else self.dynamic.shift(n)
         plain = [(n - i) / n for i in range(n)]
-        return tuple(self.shift * t / (1 + (self.shift - 1) * t) for t in plain)
+        return tuple(shift * t / (1 + (shift - 1) * t) for t in plain)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""torch.compile of a denoiser's network, whole or block by block."""
+"""torch.compile of a denoiser's network, whole or block by block, in place: the names of its weights stay."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from torch import nn
 
 from fewstep.models.denoiser import NetworkDenoiser
 
+Mode = Literal["none", "blocks", "whole"]
 
-def compile_network(denoiser: NetworkDenoiser, mode: Literal["none", "blocks", "whole"]) -> None:
+
+def compile_network(denoiser: NetworkDenoiser, mode: Mode) -> None:
     """Compile in place. `blocks` compiles each block on its own, which is quick to compile and keeps hooks working."""
     if mode == "whole":
         denoiser.network.compile()

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
 from fewstep.diffusion.prediction import Kind, Prediction
-from fewstep.diffusion.process import Process
+from fewstep.diffusion.process import Flow, Process
 from fewstep.errors import UserError
 from fewstep.models.conditioning import Condition
 from fewstep.models.families import Family, scheduler_time
-from fewstep.models.graft import Graft
+from fewstep.models.graft import Graft, part_of_names
 from fewstep.models.lora import BASE, Adapters
 from fewstep.models.players import Player
 from fewstep.models.taps import FeatureTap
@@ -49,12 +50,16 @@ class NetworkDenoiser:
     def __call__(self, x_t: Tensor, t: Tensor, condition: Condition) -> Prediction:
         """The prediction at `x_t` `(B, *)` and times `t` `(B,)` of the process, kept in float32 for the network."""
         self.adapters.activate(self.adapter)
-        inputs = {self.family.sample: x_t, "timestep": scheduler_time(self.process, t)}
+        inputs = self.family.inputs(self.network, x_t, scheduler_time(self.process, t))
         with self.graft.hearing(condition.scalars):
             output = self.network(**inputs, **condition.kwargs(), return_dict=False)[0]
-        if self.family.learned_sigma:
-            output = output[:, : x_t.shape[1]]
-        return Prediction(self.process, x_t, t, output, self.kind)
+        return Prediction(self.process, x_t, t, self.family.prediction(output, x_t), self.kind)
+
+    def sized(self, shape: Sequence[int]) -> NetworkDenoiser:
+        """The same denoiser for samples of that shape `(*)`, which decides a dynamic shift; itself without one."""
+        if not isinstance(self.process, Flow) or self.process.dynamic is None:
+            return self
+        return replace(self, process=self.process.sized(self.family.tokens(shape)))
 
     def to(self, device: torch.device | str) -> NetworkDenoiser:
         """The same denoiser with its network moved, in place, and its null condition beside it."""
@@ -78,15 +83,25 @@ class NetworkDenoiser:
     def with_scalar(self, name: str, unit: float = 1.0) -> NetworkDenoiser:
         """A copy with one more input, told as `scalars.<name>` `(B,)` of the condition; equal to this until trained.
 
+        An adapter's view goes on sharing its network, and trains the input beside its adapter: the other views do not
+        tell it, and so do not change.
+
         Args:
             name: of the input.
             unit: what turns the scalar into radians of its fastest wave.
 
         Raises:
-            UserError: the network carries adapters, or has no time embedding to add the input to.
+            UserError: this is the frozen base of adapters, or there is no time embedding to add the input to.
         """
-        grown = self.copy()
-        return replace(grown, graft=grown.graft.grown(grown.network, self.family.time_embedding, name, unit))
+        grown = self.copy() if self.adapter == BASE else self
+        graft = grown.graft.grown(grown.network, self.family.time_embedding, name, unit)
+        if self.adapter == BASE:
+            return replace(grown, graft=graft)
+        own = replace(graft, own=(*graft.own, name))
+        self.adapters.beside = (*self.adapters.beside, part_of_names(name))
+        for parameter in own.parameters(self.network).values():
+            parameter.requires_grad_(True)
+        return replace(self, graft=own)
 
     def lora_view(self, name: str, rank: int) -> NetworkDenoiser:
         """The same frozen network seen through a new adapter, equal to this denoiser until trained."""
@@ -111,7 +126,12 @@ class NetworkDenoiser:
 
     def tapped(self) -> NetworkDenoiser:
         """The same denoiser, whose bottleneck features can be read after each call with `features()`."""
-        return replace(self, tap=FeatureTap(self.network, (self.family.tap(self.network),)))
+        return replace(self, tap=FeatureTap(self.network, (self.family.tap(self.network),), self.family.tap_element))
+
+    def features_of(self, x_t: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, ...]:
+        """The features alone, with their graph; for denoisers made by `tapped()`. Arguments as for a call."""
+        assert self.tap is not None, "features_of() needs a tapped() denoiser"
+        return self.tap.of(lambda: self(x_t, t, condition))
 
     def features(self) -> tuple[Tensor, ...]:
         """The features of the last call, with their graph; for denoisers made by `tapped()`."""
@@ -119,9 +139,9 @@ class NetworkDenoiser:
         return self.tap.take()
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """What training this view trains: its adapter, or all weights."""
+        """What training this view trains: its adapter with its own added inputs, or all weights."""
         if self.adapter != BASE:
-            return self.adapters.parameters(self.adapter)
+            return {**self.adapters.parameters(self.adapter), **self.graft.parameters(self.network)}
         return dict(self.network.named_parameters())
 
 

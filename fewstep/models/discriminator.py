@@ -86,7 +86,7 @@ class Discriminator:
             UserError: the backbone has no sub-module of a name in `taps`.
         """
         names = block_names(backbone.network, backbone.family) if tuple(taps) == ("blocks",) else tuple(taps)
-        tapped = replace(backbone, tap=FeatureTap(backbone.network, names)) if names else backbone.tapped()
+        tapped = replace(backbone, tap=_tap(backbone, names)) if names else backbone.tapped()
         with torch.no_grad():
             tapped(example.x, tapped.process.times(tapped.process.t_max / 2, example.x), example.condition)
         heads = Heads.like(tapped.features(), outputs=outputs, classes=_classes(backbone) if modulated else None)
@@ -181,8 +181,7 @@ class Discriminator:
         return self._verdict(self._features(x_t, t, clean.condition), shown)
 
     def _features(self, x_t: Tensor, t: Tensor, condition: Condition) -> tuple[Tensor, ...]:
-        self.backbone(x_t, t, condition)
-        return self.backbone.features()
+        return self.backbone.features_of(x_t, t, condition)
 
     def _verdict(self, features: tuple[Tensor, ...], shown: _Shown) -> Tensor:
         """Logits `(B, K)` of the output that is asked for."""
@@ -217,6 +216,10 @@ class _Shown:
 
     def rows(self, rows: slice) -> _Shown:
         return _Shown(self.x_t[rows], self.t[rows], self.condition.rows(rows), self.output)
+
+
+def _tap(backbone: NetworkDenoiser, names: tuple[str, ...]) -> FeatureTap:
+    return FeatureTap(backbone.network, names, backbone.family.tap_element)
 
 
 def _classes(backbone: NetworkDenoiser) -> int:

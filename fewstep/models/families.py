@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,24 +22,66 @@ def scheduler_time(process: Process, t: Tensor) -> Tensor:
         case VP() | TrigFlow():
             return t
         case Flow():
-            return 1000.0 * t
+            return process.timesteps * t
         case EDM():
             return 0.25 * torch.log(t)
     raise TypeError(f"no timestep is defined for {type(process).__name__}")
 
 
 @dataclass(frozen=True)
+class GuidanceInput:
+    """The input that a class has for a guidance scale, in networks that were made with it.
+
+    Attributes:
+        argument: that takes it.
+        config: the key of the network's config that is neither None nor false where the input is there.
+    """
+
+    argument: str
+    config: str
+
+
+def _unchanged(timestep: Tensor) -> Tensor:
+    return timestep
+
+
+def _thousandth(timestep: Tensor) -> Tensor:
+    return timestep / 1000
+
+
+def _from_noise(timestep: Tensor) -> Tensor:
+    """1 at clean data, 0 at pure noise."""
+    return 1 - timestep / 1000
+
+
+def _from_noise_whole(timestep: Tensor) -> Tensor:
+    """The same, rounded as Z-Image's pipeline rounds it."""
+    return (1000 - timestep) / 1000
+
+
+@dataclass(frozen=True)
 class Family:
-    """How one network class is called.
+    """How one network class is called. x crosses as the pipeline hands it to its scheduler's `step`.
 
     Attributes:
         component: the pipeline's folder of the network.
         sample: the argument that takes x_t.
-        learned_sigma: the output may carry as many channels again for a learned variance; they are split off.
-        null_label: the label index of the null class, from the network's config, or None without classes.
         tap: the module whose output is the bottleneck, for discriminators.
+        null_label: the label index of the null class, from the network's config, or None without classes.
+        learned_sigma: the output may carry as many channels again for a learned variance; they are split off.
         time_embedding: the last part of the names of the modules that embed the time; a scalar input is added there.
         compute_blocks: names of the module lists worth compiling or checkpointing block by block.
+        time: the argument that takes the time.
+        heard: what the network is told of the scheduler's timestep.
+        time_scale: the key of the network's config that the timestep is multiplied with besides.
+        negative: the output is minus what the scheduler calls the prediction.
+        listed: samples go in and come out as a list of `(C, 1, H, W)`.
+        packed: x is tokens `(B, N, 4C)`, each of 2×2 latent pixels.
+        frames: x has an axis of frames: the place of that axis in `(B, *)`.
+        tap_element: which element of a block's output is the image, where it returns several.
+        guidance: the class's own input for a guidance scale.
+        unguided: the `guidance_scale` at which the pipeline does not guide.
+        empirical_shift: a dynamic shift follows FLUX.2's fit, of size and step count, and not the scheduler's line.
     """
 
     component: str
@@ -48,16 +91,57 @@ class Family:
     learned_sigma: bool = False
     time_embedding: str = ""
     compute_blocks: tuple[str, ...] = ()
+    time: str = "timestep"
+    heard: Callable[[Tensor], Tensor] = _unchanged
+    time_scale: str | None = None
+    negative: bool = False
+    listed: bool = False
+    packed: bool = False
+    frames: int | None = None
+    tap_element: int = -1
+    guidance: GuidanceInput | None = None
+    unguided: float = 1.0
+    empirical_shift: bool = False
+
+    def inputs(self, network: nn.Module, x: Tensor, timestep: Tensor) -> dict[str, Any]:
+        """The arguments for a sample `x` `(B, *)` at the scheduler's timesteps `(B,)`."""
+        heard = self.heard(timestep)
+        if self.time_scale is not None:
+            heard = heard * cast(Any, network).config[self.time_scale]
+        return {self.sample: list(x.unsqueeze(2)) if self.listed else x, self.time: heard}
+
+    def prediction(self, output: Any, x: Tensor) -> Tensor:
+        """What the pipeline makes of the network's first output for its scheduler, of `x`'s shape `(B, *)`."""
+        value = torch.stack(list(output)).squeeze(2) if self.listed else output
+        if self.learned_sigma:
+            value = value[:, : x.shape[1]]
+        return -value if self.negative else value
+
+    def tokens(self, shape: Sequence[int]) -> int:
+        """How many tokens a sample of that shape is to a dynamic shift."""
+        if self.packed:
+            return shape[0]
+        return (shape[-2] // 2) * (shape[-1] // 2)
+
+    def own_guidance(self, config: Mapping[str, Any]) -> GuidanceInput | None:
+        """The input for a guidance scale of a network with that config, or None where it was made without."""
+        there = self.guidance is not None and config.get(self.guidance.config) not in (None, False)
+        return self.guidance if there else None
 
 
 def _mid_block(network: nn.Module) -> str:
     return "mid_block"
 
 
-def _middle_transformer_block(network: nn.Module) -> str:
-    blocks = network.get_submodule("transformer_blocks")
-    assert isinstance(blocks, nn.ModuleList)
-    return f"transformer_blocks.{len(blocks) // 2}"
+def _middle_of(name: str) -> Callable[[nn.Module], str]:
+    """The block in the middle of the module list `name`."""
+
+    def middle(network: nn.Module) -> str:
+        blocks = network.get_submodule(name)
+        assert isinstance(blocks, nn.ModuleList)
+        return f"{name}.{len(blocks) // 2}"
+
+    return middle
 
 
 def _last_label(config: dict[str, object]) -> int | None:
@@ -73,30 +157,56 @@ def _dit_null(config: dict[str, object]) -> int | None:
 
 
 _UNET_BLOCKS = ("down_blocks", "up_blocks")
+_GUIDANCE = GuidanceInput("guidance", "guidance_embeds")
+
+
+def _transformer(blocks: str = "transformer_blocks", *others: str, **facts: Any) -> Family:
+    """A transformer tapped in the middle of its list `blocks`."""
+    usual = {"sample": "hidden_states", "time_embedding": "timestep_embedder"}
+    return Family("transformer", tap=_middle_of(blocks), compute_blocks=(blocks, *others), **{**usual, **facts})
+
 
 FAMILIES: dict[str, Family] = {
     "UNet2DModel": Family(
         "unet", "sample", _mid_block, _last_label, time_embedding="time_embedding", compute_blocks=_UNET_BLOCKS
     ),
     "UNet2DConditionModel": Family(
-        "unet", "sample", _mid_block, time_embedding="time_embedding", compute_blocks=_UNET_BLOCKS
+        "unet",
+        "sample",
+        _mid_block,
+        time_embedding="time_embedding",
+        compute_blocks=_UNET_BLOCKS,
+        guidance=GuidanceInput("timestep_cond", "time_cond_proj_dim"),
     ),
-    "DiTTransformer2DModel": Family(
-        "transformer",
-        "hidden_states",
-        _middle_transformer_block,
-        _dit_null,
-        learned_sigma=True,
-        time_embedding="timestep_embedder",
-        compute_blocks=("transformer_blocks",),
+    "DiTTransformer2DModel": _transformer(null_label=_dit_null, learned_sigma=True),
+    "PixArtTransformer2DModel": _transformer(learned_sigma=True),
+    "SD3Transformer2DModel": _transformer(),
+    "FluxTransformer2DModel": _transformer(
+        "transformer_blocks", "single_transformer_blocks", heard=_thousandth, packed=True, guidance=_GUIDANCE
     ),
-    "SD3Transformer2DModel": Family(
-        "transformer",
-        "hidden_states",
-        _middle_transformer_block,
-        time_embedding="timestep_embedder",
-        compute_blocks=("transformer_blocks",),
+    "Flux2Transformer2DModel": _transformer(
+        "transformer_blocks",
+        "single_transformer_blocks",
+        heard=_thousandth,
+        packed=True,
+        guidance=_GUIDANCE,
+        empirical_shift=True,
     ),
+    "SanaTransformer2DModel": _transformer(learned_sigma=True, time_scale="timestep_scale", guidance=_GUIDANCE),
+    "WanTransformer3DModel": _transformer("blocks", time_embedding="time_embedder", frames=2),
+    "Lumina2Transformer2DModel": _transformer("layers", heard=_from_noise, negative=True),
+    "ZImageTransformer2DModel": _transformer(
+        "layers",
+        sample="x",
+        time="t",
+        heard=_from_noise_whole,
+        negative=True,
+        listed=True,
+        time_embedding="t_embedder",
+        unguided=0.0,
+    ),
+    "QwenImageTransformer2DModel": _transformer(heard=_thousandth, packed=True, guidance=_GUIDANCE),
+    "CogVideoXTransformer3DModel": _transformer(time_embedding="time_embedding", frames=1, tap_element=0),
     "VectorNetwork": Family("network", "sample", lambda network: "middle", _last_label, time_embedding="first"),
 }
 

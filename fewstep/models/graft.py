@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.errors import UserError
+from fewstep.models.lora import without_adapters
 
 WIDTH = 256  # of the sinusoid, where the network has no embedding of its own to take after
 
@@ -35,10 +36,12 @@ class Graft:
         names: of the inputs.
         scalars: where the network's grafts look. It is only filled during a pass, and so may carry the dual tensors
             of a forward derivative. Blocks that are computed again in the backward pass would find it empty.
+        own: the names of those that one adapter's view was given, and trains beside its adapter.
     """
 
     names: tuple[str, ...] = ()
     scalars: Scalars = field(default_factory=Scalars)
+    own: tuple[str, ...] = ()
 
     @contextmanager
     def hearing(self, values: Mapping[str, Tensor]) -> Iterator[None]:
@@ -66,13 +69,25 @@ class Graft:
         found = [path for path, _ in network.named_modules() if path.rpartition(".")[2] == place]
         if not place or not found:
             raise UserError(f"student: {type(network).__name__} has no time embedding that an input could be added to")
+        scalars = self.scalars
         for path in found:
             module = network.get_submodule(path)
             if not isinstance(module, GraftedEmbedding):
-                module = GraftedEmbedding(module, self.scalars)
+                module = GraftedEmbedding(module, scalars)
                 network.set_submodule(path, module)
-            module.second[name] = _second(module.base, unit)
-        return Graft((*self.names, name), self.scalars)
+            scalars = module.scalars  # of another view, where several share the network
+            module.second[name] = added_embedding(without_adapters(module.base), unit)
+        return Graft((*self.names, name), scalars, self.own)
+
+    def parameters(self, network: nn.Module) -> dict[str, nn.Parameter]:
+        """The parameters of a view's own inputs in `network`, by name."""
+        places = [part_of_names(name) for name in self.own]
+        return {n: p for n, p in network.named_parameters() if any(place in n for place in places)}
+
+
+def part_of_names(name: str) -> str:
+    """What the names of an added input's parameters have in them."""
+    return f".second.{name}."
 
 
 class GraftedEmbedding(nn.Module):
@@ -131,8 +146,12 @@ def sinusoid(value: Tensor, width: int) -> Tensor:
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-def _second(base: nn.Module, unit: float) -> ScalarEmbedding:
-    """A copy of the network's own time embedding, or new layers beside a plain linear one; the last layer is zero."""
+def added_embedding(base: nn.Module, unit: float) -> ScalarEmbedding:
+    """What embeds a scalar beside `base`, silent at first, because its last layer is zero.
+
+    A copy of the network's own time embedding, or new layers beside a plain linear one and beside embedders that make
+    their own sinusoid (Z-Image).
+    """
     if isinstance(base, nn.Linear):
         width = base.out_features
         last = nn.Linear(width, width)
@@ -141,7 +160,10 @@ def _second(base: nn.Module, unit: float) -> ScalarEmbedding:
         return _silent(ScalarEmbedding(layers, WIDTH, unit), last)
     from diffusers.models.embeddings import TimestepEmbedding
 
-    assert isinstance(base, TimestepEmbedding), f"no scalar can be added to a {type(base).__name__}"
+    if not isinstance(base, TimestepEmbedding):
+        linear = [part for part in base.modules() if isinstance(part, nn.Linear)]
+        assert linear, f"no scalar can be added to a {type(base).__name__}"
+        return added_embedding(linear[-1], unit)
     layers = copy.deepcopy(base)
     layers.cond_proj = None  # the native input for a guidance scale stays the base's
     return _silent(ScalarEmbedding(layers, layers.linear_1.in_features, unit), layers.linear_2)

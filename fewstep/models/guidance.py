@@ -94,6 +94,10 @@ class Guided:
         low, high = self.scale
         return self.at(low + (high - low) * rng.uniform(batch))
 
+    def rows(self, index: Tensor) -> Guided:
+        """The teacher of the samples at `index`, with their scales."""
+        return self.at(self.scale[index]) if isinstance(self.scale, Tensor) else self
+
     def __call__(self, x_t: Tensor, t: Tensor, condition: Condition) -> Prediction:
         """The guided prediction at `x_t` `(B, *)` and times `t` `(B,)`.
 
@@ -120,8 +124,8 @@ class Guided:
         if isinstance(self.scale, tuple):
             low, high = self.scale
             raise UserError(
-                f"teacher.guidance: [{low:g}, {high:g}] is a scale for each sample, and only some methods draw one; "
-                "give a number here"
+                f"teacher.guidance: [{low:g}, {high:g}] is a range that training draws a scale a sample from; give a "
+                "number here"
             )
         return self.scale
 

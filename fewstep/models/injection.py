@@ -60,7 +60,7 @@ def blocks_of(network: nn.Module, part: Part = "all") -> tuple[str, ...]:
 @torch.no_grad()
 def hidden_shapes(denoiser: NetworkDenoiser, blocks: tuple[str, ...], example: Batch) -> tuple[torch.Size, ...]:
     """Shapes `(1, *)` of the blocks' outputs for one sample."""
-    tap = FeatureTap(denoiser.network, blocks)
+    tap = FeatureTap(denoiser.network, blocks, denoiser.family.tap_element)
     denoiser(example.x, denoiser.process.times(denoiser.process.t_max, example.x), example.condition)
     features = tap.take()
     tap.remove()

@@ -15,6 +15,7 @@ from torch import nn
 from fewstep.config import NewNetwork
 from fewstep.diffusion.prediction import Kind
 from fewstep.diffusion.process import VP, Flow
+from fewstep.diffusion.shift import EmpiricalMu
 from fewstep.errors import UserError, did_you_mean
 from fewstep.models.conditioning import Condition
 from fewstep.models.denoiser import NetworkDenoiser, freeze
@@ -23,6 +24,9 @@ from fewstep.models.lora import Adapters
 from fewstep.models.schedule import Schedule, alphas_cumprod, schedule_of
 
 NEW = ("UNet2DModel", "DiTTransformer2DModel")  # what learns from images and classes alone
+PARTS = ("model_index.json", *(f"*/*.{kind}" for kind in ("json", "safetensors", "txt", "model", "jinja")))
+"""What is fetched from the hub: the components' files, not the single-file checkpoints beside them."""
+VARIANTS = ("*.fp16.*", "*.bf16.*", "*.non_ema.*")
 EMBEDDED = Path(__file__).parent.parent / "data" / "assets" / "teachers"
 
 
@@ -63,12 +67,14 @@ def _from_hub(name: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+        return Path(snapshot_download(name, allow_patterns=[*PARTS], ignore_patterns=[*VARIANTS]))
     except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:
-        raise UserError(f"teacher.path: {name!r} is no folder, and the hub did not give it: {_first(error)}") from error
+        told = first_line(error)
+        raise UserError(f"teacher.path: {name!r} is no folder, and the hub did not give it: {told}") from error
 
 
-def _first(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What an error says, as one line."""
     return str(error).strip().splitlines()[0]
 
 
@@ -79,10 +85,20 @@ def load_denoiser(path: str, device: torch.device | str = "cpu") -> NetworkDenoi
         UserError: the folder is no pipeline, lacks a component, or holds a network that fewstep does not know.
     """
     folder = resolve(path)
-    component = _network_component(folder)
-    network = _load_network(folder, component)
-    schedule = schedule_of(_read_json(folder / "scheduler" / "scheduler_config.json"))
+    component = network_component(folder)
+    network = _load_network(folder, component, torch.device(device))
+    schedule = schedule_of_network(network, read_json(folder / "scheduler" / "scheduler_config.json"))
     return make_denoiser(network, schedule).to(device)
+
+
+def schedule_of_network(network: nn.Module, scheduler: Mapping[str, Any]) -> Schedule:
+    """The schedule of a scheduler's config, with the dynamic shift of the network's family.
+
+    Raises:
+        UserError: as `schedule_of`.
+    """
+    empirical = family_of(type(network).__name__).empirical_shift
+    return schedule_of(scheduler, EmpiricalMu() if empirical else None)
 
 
 def make_denoiser(network: nn.Module, schedule: Schedule) -> NetworkDenoiser:
@@ -97,7 +113,12 @@ def _null_condition(network: nn.Module, family: Family) -> Condition | None:
     return None if label is None else Condition.of_labels(torch.tensor([label]))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A file of a pipeline folder.
+
+    Raises:
+        UserError: it is missing, or not JSON.
+    """
     try:
         return json.loads(path.read_text())
     except FileNotFoundError as error:
@@ -106,10 +127,19 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not JSON ({error})") from error
 
 
-def _network_component(folder: Path) -> str:
-    index = _read_json(folder / "model_index.json")
+def network_component(folder: Path) -> str:
+    """The name of the component of a pipeline folder that is a network of a known class.
+
+    Raises:
+        UserError: there is none, or more than one.
+    """
+    if not (folder / "model_index.json").is_file() and (folder / "config.json").is_file():
+        raise UserError(f"{folder}: one component, without a model_index.json; give the pipeline folder above it")
+    index = read_json(folder / "model_index.json")
     found = [key for key, value in index.items() if isinstance(value, list) and value[-1] in FAMILIES]
-    if len(found) != 1:
+    if len(found) > 1:
+        raise UserError(f"{folder}: {' and '.join(found)} are networks both; pipelines of one network are known")
+    if not found:
         parts = ", ".join(f"{k}: {v[-1]}" for k, v in index.items() if isinstance(v, list))
         raise UserError(
             f"{folder}: one network of {', '.join(FAMILIES)} is needed; its components are {parts or 'none'}"
@@ -117,20 +147,32 @@ def _network_component(folder: Path) -> str:
     return found[0]
 
 
-def _load_network(folder: Path, component: str) -> nn.Module:
+def network_class(config: Mapping[str, Any]) -> Any:
+    """The class of diffusers that a network's config names.
+
+    Raises:
+        UserError: fewstep does not know it.
+    """
     import diffusers
 
-    config = _read_json(folder / component / "config.json")
     name = config.get("_class_name", "")
     family_of(name)
+    return getattr(diffusers, name)
+
+
+def _load_network(folder: Path, component: str, device: torch.device) -> nn.Module:
+    """The network with its weights; on the meta device with their shapes alone."""
+    config = read_json(folder / component / "config.json")
+    cls = network_class(config)
     if not any((folder / component).glob("*.safetensors")):
         raise UserError(f"{folder / component}: no *.safetensors; the weights cannot be read from another format")
+    if device.type == "meta":
+        with device:
+            return cls.from_config(config)
     try:
-        network = getattr(diffusers, name).from_pretrained(
-            folder / component, torch_dtype=torch.float32, use_safetensors=True
-        )
+        network: nn.Module = cls.from_pretrained(folder / component, torch_dtype=torch.float32, use_safetensors=True)
     except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"{folder / component}: the weights cannot be read: {_first(error)}") from error
+        raise UserError(f"{folder / component}: the weights cannot be read: {first_line(error)}") from error
     missing = [key for key, value in network.state_dict().items() if value.is_meta]
     if missing:  # diffusers only warns
         raise UserError(f"{folder / component}: the weights cannot be read: {missing[0]} is missing")
@@ -171,7 +213,7 @@ def _build(spec: NewNetwork, shape: Shape, seed: int) -> nn.Module:
             torch.manual_seed(seed)
             network = cls(**arguments)
     except (TypeError, ValueError, LookupError, RuntimeError, ArithmeticError, AttributeError) as error:
-        raise UserError(f"student.new.config: {spec.network} refuses it: {_first(error)}") from error
+        raise UserError(f"student.new.config: {spec.network} refuses it: {first_line(error)}") from error
     return _zero_last_layer(network)
 
 

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from fewstep.models.shards import is_spread, local
+
 
 @dataclass(frozen=True)
 class Player:
@@ -46,8 +48,9 @@ class Average:
     updates: int = 0
 
     def __post_init__(self) -> None:
-        self._shadow = [self.shadow[name] for name in self.source.parameters]
-        self._source = list(self.source.parameters.values())
+        self._shadow = [local(self.shadow[name]) for name in self.source.parameters]
+        self._source = [local(p) for p in self.source.parameters.values()]
+        self._narrow = any(p.dtype != torch.float32 for p in self._source)
 
     @staticmethod
     def of(source: Player, decay: float, warmup: bool = True) -> Average:
@@ -60,23 +63,31 @@ class Average:
         """Shadow ← decay·shadow + (1 − decay)·source."""
         early = (1 + self.updates) / (10 + self.updates)
         decay = min(self.decay, early) if self.warmup else self.decay
-        torch._foreach_lerp_(self._shadow, [p.detach().float() for p in self._source], 1 - decay)
+        source = [p.float() for p in self._source] if self._narrow else self._source
+        torch._foreach_lerp_(self._shadow, source, 1 - decay)
         self.updates += 1
 
     @torch.no_grad()
     def restart(self) -> None:
         """The average is the player's present weights."""
-        torch._foreach_copy_(self._shadow, [p.detach() for p in self._source])
+        torch._foreach_copy_(self._shadow, self._source)
         self.updates = 0
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
         """Inside, the player's parameters hold the averaged values."""
-        kept = {name: p.data for name, p in self.source.parameters.items()}
-        for name, parameter in self.source.parameters.items():
-            parameter.data = self.shadow[name].to(parameter.dtype)
+        spread = {name: local(p) for name, p in self.source.parameters.items() if is_spread(p)}
+        saved = {name: part.clone() for name, part in spread.items()}  # a spread parameter is gathered from its part
+        kept = {name: p.data for name, p in self.source.parameters.items() if name not in spread}
+        for name, part in spread.items():
+            part.copy_(local(self.shadow[name]))
+        for name in kept:
+            parameter = self.source.parameters[name]
+            parameter.data = self.shadow[name].to(parameter.device, parameter.dtype)
         try:
             yield
         finally:
-            for name, parameter in self.source.parameters.items():
-                parameter.data = kept[name]
+            for name, part in spread.items():
+                part.copy_(saved[name])
+            for name, value in kept.items():
+                self.source.parameters[name].data = value

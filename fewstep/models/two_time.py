@@ -17,7 +17,6 @@ from fewstep.diffusion.process import Flow, Process, expand
 from fewstep.diffusion.solvers import Denoiser
 from fewstep.diffusion.times import Law, TimePair, ordered
 from fewstep.diffusion.view import viewed
-from fewstep.errors import UserError
 from fewstep.models.conditioning import SPAN, Condition
 from fewstep.models.denoiser import NetworkDenoiser
 
@@ -33,12 +32,10 @@ def two_time(student: NetworkDenoiser) -> NetworkDenoiser:
     A student that has the input already is taken as it is.
 
     Raises:
-        UserError: its weights are shared by adapters, or there is no place for an input.
+        UserError: there is no place for an input.
     """
     if SPAN in student.graft.names:
         return student
-    if student.adapters.names:
-        raise UserError("student.lora: a two-time student has a new input, and so weights of its own; leave it out")
     return student.with_scalar(SPAN, UNIT)
 
 

@@ -4,33 +4,39 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 
 from fewstep import registry
 from fewstep.config import RunConfig, Teacher
 from fewstep.data.batch import Batch
+from fewstep.data.cache_fit import told_by
+from fewstep.data.cached import CachedLatents
 from fewstep.data.loader import Loader
 from fewstep.data.samples import Unlabelled
 from fewstep.data.sources import Dataset, open_dataset
 from fewstep.diffusion.process import same_process
 from fewstep.diffusion.solvers import Denoiser
 from fewstep.errors import UserError
-from fewstep.models.compile import compile_network
 from fewstep.models.conditioning import Condition
 from fewstep.models.denoiser import NetworkDenoiser
 from fewstep.models.guidance import Guided
-from fewstep.models.load import Shape, load_denoiser, new_denoiser
+from fewstep.models.load import Shape, load_denoiser, new_denoiser, resolve
 from fewstep.models.players import Average
 from fewstep.rng import Rng
 from fewstep.section import found
 from fewstep.training.loop import TrainState
 from fewstep.training.method import Method, Setup
+from fewstep.training.networks import prepare_networks
+from fewstep.training.offload import offload_to_host
 from fewstep.training.optim import make_optimizers
+from fewstep.training.sharding import denoisers, refuse_with_sharding, shard
 
 EMA = "ema"
+PLAIN = (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU, DistributedType.MULTI_NPU)
+"""What accelerate may be asked for: processes side by side, each with its device."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +64,14 @@ def open_sources(config: RunConfig, device: torch.device | str = "cpu") -> Sourc
     """
     dataset = open_dataset(config.data.name, size=config.data.size, seed=config.run.seed, split="train",
                            path=config.data.path, options=config.data.options)  # fmt: skip
+    if isinstance(dataset, CachedLatents) and config.train.sample_every:
+        raise UserError("train.sample_every: a cache holds latents, and its run has no VAE to show them; set it to 0")
     teacher = load_denoiser(config.teacher.path, device) if config.teacher.path else None
+    if teacher is not None:
+        teacher = told_by(dataset, teacher, "teacher", resolve(str(config.teacher.path))).sized(dataset.shape)
     student = _first_student(config, teacher, dataset, device)
+    student = told_by(dataset, student, "student", resolve(config.student.path) if config.student.path else None)
+    student = student.sized(dataset.shape)
     for name, denoiser in (("teacher", teacher), ("student", student)):
         if denoiser is not None:
             _check_fit(name, denoiser, dataset)
@@ -109,6 +121,7 @@ def _first_student(
         raise UserError("teacher.path: missing; give a teacher, or student.new for a network from scratch")
     if config.student.lora is None:
         return teacher.copy()
+    teacher.adapters.convolutions = config.student.lora_convolutions
     with _seeded(config.run.seed):
         return teacher.lora_view("student", config.student.lora)
 
@@ -130,8 +143,9 @@ def _seeded(seed: int) -> Iterator[None]:
 
 def _check_fit(name: str, denoiser: NetworkDenoiser, dataset: Dataset) -> None:
     channels = _channels(denoiser)
-    if channels is not None and channels != dataset.shape[0]:
-        raise UserError(f"data.name: samples have {dataset.shape[0]} channels, the {name} takes {channels}")
+    held = dataset.shape[-1 if denoiser.family.packed else 1 if denoiser.family.frames == 1 else 0]
+    if channels is not None and channels != held:
+        raise UserError(f"data.name: samples have {held} channels, the {name} takes {channels}")
     if denoiser.null is None or denoiser.null.labels is None:
         return
     classes = int(denoiser.null.labels)
@@ -151,6 +165,7 @@ def build_method(config: RunConfig, sources: Sources) -> Method:
                   _example(sources))  # fmt: skip
     method = cls(config.method, setup)
     _refuse_idle_guidance(config.teacher, method)
+    method.critics = replace(method.critics, teacher=guided)
     method.averages = {**method.averages, EMA: Average.of(method.players["student"], config.train.ema)}
     return method
 
@@ -196,14 +211,19 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     precision = "bf16" if config.train.precision == "bf16" else "no"
-    return Accelerator(mixed_precision=precision)
+    accelerator = Accelerator(mixed_precision=precision)
+    if accelerator.distributed_type not in (DistributedType.NO, *PLAIN):
+        raise UserError(f"accelerate: distributed_type {accelerator.distributed_type.value} given; give MULTI_GPU, and "
+                        "train.shard=full to spread networks over the processes")  # fmt: skip
+    return accelerator
 
 
 def assemble(config: RunConfig, sources: Sources, accelerator: Accelerator) -> TrainState:
     """The state at step 0.
 
     Raises:
-        UserError: the batch does not divide over processes and micro-batches, or the method refuses its config.
+        UserError: the batch does not divide over processes and micro-batches, the method refuses its config, or two
+            settings do not go together.
     """
     world, accumulate = accelerator.num_processes, config.train.accumulate
     micro, rest = divmod(config.data.batch_size, world * accumulate)
@@ -213,10 +233,17 @@ def assemble(config: RunConfig, sources: Sources, accelerator: Accelerator) -> T
     with _seeded(config.run.seed):
         method = build_method(config, sources)
     # After the method is built: a compiled network would not see the taps that it adds.
-    held = {id(d.network): d for d in (sources.teacher, *vars(method).values()) if isinstance(d, NetworkDenoiser)}
-    for denoiser in held.values():
-        compile_network(denoiser, config.train.compile)
+    held = list(denoisers((sources.teacher, sources.weak, *vars(method).values())))
+    prepare_networks(config, method.players, held, accelerator.device)
+    refuse_with_sharding(config)
+    if config.train.shard == "full" and world > 1:
+        shard(method, held, accelerator.device, world)
     rank = accelerator.process_index
     loader = Loader(sources.dataset, micro, seed=config.run.seed, rank=rank, world=world, workers=config.data.workers)
     rng = Rng(config.run.seed, accelerator.device, rank, world)
-    return TrainState(config, method, make_optimizers(method.players, config.optim), loader, rng, accelerator)
+    optimizers = make_optimizers(method.players, config.optim)
+    state = TrainState(config, method, optimizers, loader, rng, accelerator)
+    if config.memory.offload:
+        networks = [one.network for one in held]
+        state.offload = offload_to_host(method, optimizers, networks, accelerator.device)
+    return state

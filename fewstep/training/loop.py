@@ -12,7 +12,9 @@ from fewstep.config import RunConfig
 from fewstep.data.batch import Batch
 from fewstep.data.loader import Loader
 from fewstep.rng import Rng
+from fewstep.training.clock import Clock
 from fewstep.training.method import Method, Stage, Terms, Turn
+from fewstep.training.offload import Offload
 from fewstep.training.optim import PlayerOptimizer, lr_factor
 
 
@@ -45,6 +47,8 @@ class TrainState:
         rng: the run's random stream.
         accelerator: device, precision and processes.
         step: steps done.
+        offload: of what a turn does not use, where asked for.
+        clock: of the losses and their backward passes; off unless somebody reads it.
     """
 
     config: RunConfig
@@ -54,6 +58,8 @@ class TrainState:
     rng: Rng
     accelerator: Accelerator
     step: int = 0
+    offload: Offload | None = None
+    clock: Clock = field(default_factory=Clock, repr=False)
     _batches: Iterator[Batch] | None = field(default=None, repr=False)
 
     def next_batch(self) -> Batch:
@@ -72,11 +78,15 @@ def train(state: TrainState) -> Iterator[Report]:
             for name, optimizer in state.optimizers.items():
                 optimizer.player.require_grad(name in turn.trains)
             training = turn.trains
+        if state.offload is not None:
+            state.offload.begin(turn)
         if turn.stage is not None and state.step == turn.stage.start:
             _begin_stage(state, turn)
         terms = _accumulate(state, turn)
         norms = _update(state, turn)
         state.step += 1
+        if state.offload is not None:
+            state.offload.end()
         yield Report(state.step, turn.name, terms, norms)
 
 
@@ -94,9 +104,11 @@ def _accumulate(state: TrainState, turn: Turn) -> Terms:
     terms = Terms({})
     for _ in range(count):
         batch = state.next_batch()
+        state.clock.start()
         with state.accelerator.autocast():
             terms = turn.loss(batch, state.rng)
         (terms.total / count).backward()
+        state.clock.stop()
     return terms.detach()
 
 

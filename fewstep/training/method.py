@@ -15,6 +15,7 @@ from fewstep.diffusion.process import Process
 from fewstep.diffusion.solvers import Denoiser, Sampler
 from fewstep.errors import UserError
 from fewstep.models.denoiser import NetworkDenoiser
+from fewstep.models.discriminator import Discriminator
 from fewstep.models.guidance import Guided
 from fewstep.models.players import Average, Player
 from fewstep.models.rollout import hears_step
@@ -98,16 +99,16 @@ class Setup:
         """A trainable score of the student's samples: a copy of the teacher, or a LoRA on its frozen weights.
 
         Of a closed-form teacher the student's first weights are the copy: they were fitted to it. Of a student of
-        several steps, a copy is given an input for the step that made a sample (`Rolled.told`); a LoRA has no place for
-        one, and judges all steps' samples as one distribution.
+        several steps, the score is given an input for the step that made a sample (`Rolled.told`).
 
         Raises:
-            UserError: a LoRA on a teacher that is no network.
+            UserError: a LoRA on a teacher that is no network, or a copy of one whose weights adapters share.
         """
         if lora is not None:
-            return self.frozen_teacher().lora_view("fake_score", lora)
-        copied = self.teacher.copy() if isinstance(self.teacher, NetworkDenoiser) else self.student.copy()
-        return hears_step(copied) if self.steps > 1 and copied.family.time_embedding else copied
+            made = self.frozen_teacher().lora_view("fake_score", lora)
+        else:
+            made = self.teacher.copy() if isinstance(self.teacher, NetworkDenoiser) else self.student.copy()
+        return hears_step(made) if self.steps > 1 and made.family.time_embedding else made
 
     def frozen_teacher(self) -> NetworkDenoiser:
         """The teacher as a network, for adapters and features.
@@ -118,6 +119,21 @@ class Setup:
         if not isinstance(self.teacher, NetworkDenoiser):
             raise UserError("teacher: adapters and feature taps need a network, this teacher is a closed form")
         return self.teacher
+
+
+@dataclass(frozen=True)
+class Critics:
+    """Who judges the student's samples, for the health panel.
+
+    Attributes:
+        fake_score: the trained score of the student's samples, if there is one.
+        discriminator: if there is one.
+        teacher: under the run's guidance; put in where the method is built.
+    """
+
+    fake_score: NetworkDenoiser | None = None
+    discriminator: Discriminator | None = None
+    teacher: Guided | None = None
 
 
 @dataclass(frozen=True)
@@ -151,6 +167,7 @@ class Method(ABC):
         claims: what `fewstep verify` holds it to.
         players: who may train, by name; `student` is always among them.
         averages: weights that follow a player, by name, stepped after each of its turns.
+        critics: who judges its student's samples; nothing in training reads it.
     """
 
     Config: ClassVar[type[MethodConfig]]
@@ -159,6 +176,7 @@ class Method(ABC):
     needs_teacher: ClassVar[bool] = True
     few_step: ClassVar[bool] = True
     claims: ClassVar[Claims] = Claims()
+    critics: Critics = Critics()
 
     student: NetworkDenoiser
     players: Mapping[str, Player]

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep.config import Optim, PlayerOptim
 from fewstep.errors import UserError, did_you_mean
 from fewstep.models.players import Player
+from fewstep.models.shards import is_spread, local
+from fewstep.training.eight_bits import make_8bit, step_unless_bad
 
 
 @dataclass
@@ -20,7 +22,7 @@ class Skips:
     """Steps that were left out because a gradient was not finite, counted on the device.
 
     Attributes:
-        total: `()` of this process's run.
+        total: `()` of the run.
         streak: `()` the latest ones without a good one between.
     """
 
@@ -34,31 +36,70 @@ class Skips:
         self.streak = (self.streak + 1) * bad
         return bad
 
+    def read(self) -> list[int]:
+        """Both counts; this waits for the device."""
+        return [int(self.total), int(self.streak)]
+
+    def restore(self, total: int, streak: int) -> None:
+        """Go on from earlier counts."""
+        self.total.fill_(total)
+        self.streak.fill_(streak)
+
 
 @dataclass(frozen=True)
 class PlayerOptimizer:
-    """A player's optimizer and its peak learning rate."""
+    """A player's optimizer and its peak learning rate.
+
+    Attributes:
+        player: whose parameters move.
+        adamw: of `leaves`.
+        lr: at the peak.
+        skips: the steps that were left out.
+        leaves: what AdamW moves, by name: the parameters themselves, or this process's parts of spread ones.
+        fused: whether it is torch's fused one, which reads on the device whether to step; another's asks the host.
+    """
 
     player: Player
     adamw: torch.optim.AdamW
     lr: float
     skips: Skips
+    leaves: Mapping[str, nn.Parameter]
+    fused: bool = True
 
     def step(self, factor: float, clip: float | None) -> Tensor:
         """Average the gradients over processes, clip, step at `factor` × the peak rate; the norm before clipping.
 
         A gradient that is not finite moves nothing: neither weights nor moments, and the host does not wait to know.
         """
-        parameters = [p for p in self.player.parameters.values() if p.grad is not None]
-        average_gradients(parameters)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, clip if clip is not None else math.inf, foreach=True)
+        parts = self._take_parts()
+        complete = [p for p in self.player.parameters.values() if p.grad is not None]
+        parameters = complete + parts
+        if not parameters:  # the turn's loss did not reach this player, so it does not move
+            return torch.zeros_like(self.skips.total)
+        average_gradients(complete)
+        norm = gradient_norm(complete, parts)
         for group in self.adamw.param_groups:
             group["lr"] = self.lr * factor
-        # What torch's gradient scalers use: the fused kernel reads it on the device.
-        self.adamw.found_inf = self.skips.note(norm)  # pyright: ignore[reportAttributeAccessIssue]
-        self.adamw.step()
+        scale, bad = None if clip is None else (norm / clip).clamp_min(1), self.skips.note(norm)
+        if self.fused:
+            # What torch's gradient scalers use: the kernel reads both on the device, and divides as it goes.
+            self.adamw.grad_scale = scale  # pyright: ignore[reportAttributeAccessIssue]
+            self.adamw.found_inf = bad  # pyright: ignore[reportAttributeAccessIssue]
+            self.adamw.step()
+        else:
+            step_unless_bad(self.adamw, norm, scale)
         self.adamw.zero_grad(set_to_none=True)
         return norm
+
+    def _take_parts(self) -> list[nn.Parameter]:
+        """Move the gradients of spread parameters, which are averaged already, to the leaves that are their parts."""
+        taken = []
+        for name, parameter in self.player.parameters.items():
+            if is_spread(parameter) and parameter.grad is not None:
+                leaf = self.leaves[name]
+                leaf.grad, parameter.grad = local(parameter.grad), None
+                taken.append(leaf)
+        return taken
 
     def forget(self) -> None:
         """Start again with empty moments."""
@@ -81,10 +122,19 @@ def make_optimizers(players: Mapping[str, Player], config: Optim) -> dict[str, P
 def _make(player: Player, config: Optim, own: PlayerOptim) -> PlayerOptimizer:
     lr = own.lr if own.lr is not None else config.lr
     decay = own.weight_decay if own.weight_decay is not None else config.weight_decay
-    parameters = list(player.parameters.values())
-    adamw = torch.optim.AdamW(parameters, lr=lr, betas=config.betas, eps=config.eps, weight_decay=decay, fused=True)
+    leaves = {name: _leaf(parameter) for name, parameter in player.parameters.items()}
+    parameters = list(leaves.values())
+    fused = config.kind == "adamw"
+    if fused:
+        adamw = torch.optim.AdamW(parameters, lr=lr, betas=config.betas, eps=config.eps, weight_decay=decay, fused=True)
+    else:
+        adamw = make_8bit(parameters, config, lr, decay)
     zero = torch.zeros((), device=parameters[0].device)
-    return PlayerOptimizer(player, adamw, lr, Skips(zero, zero.clone()))
+    return PlayerOptimizer(player, adamw, lr, Skips(zero, zero.clone()), leaves, fused)
+
+
+def _leaf(parameter: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(local(parameter)) if is_spread(parameter) else parameter
 
 
 def lr_factor(config: Optim, step: int, steps: int) -> float:
@@ -98,6 +148,16 @@ def lr_factor(config: Optim, step: int, steps: int) -> float:
             return warm * (1 - done)
         case "cosine":
             return warm * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def gradient_norm(complete: Sequence[nn.Parameter], parts: Sequence[nn.Parameter]) -> Tensor:
+    """The norm `()` over all gradients: of parameters that every process has, and of this process's parts of others."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in complete if p.grad is not None], foreach=True)
+    if not parts:
+        return norm
+    squared = torch.nn.utils.get_total_norm([p.grad for p in parts if p.grad is not None], foreach=True).square()
+    dist.all_reduce(squared)
+    return (squared + norm.to(squared).square()).sqrt()
 
 
 def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:

@@ -22,7 +22,7 @@ from fewstep.models.rollout import last_estimate
 from fewstep.registry import MethodConfig
 from fewstep.rng import Rng
 from fewstep.section import Needs
-from fewstep.training.method import Claims, Method, Setup, Terms, Turn
+from fewstep.training.method import Claims, Critics, Method, Setup, Terms, Turn
 
 
 class AdversarialConfig(FeatureAdversary, MethodConfig):
@@ -70,6 +70,7 @@ class AdversarialDistillation(Method):
         self.judge = config.against(setup.student, setup.teacher, setup.example, outputs=setup.steps)
         judges = {} if self.judge is None else self.judge.players()
         self.players, self.averages = {"student": Player(self.student.parameters()), **judges}, {}
+        self.critics = Critics(discriminator=self.judge)
         process = self.student.process
         self.times, self.all_times = process.step_list(setup.steps), Uniform(process)
         self.pairs = Pairs.open(config.pairs, float(config.pairs is not None), setup.example)
@@ -108,15 +109,16 @@ class AdversarialDistillation(Method):
             pair = self.pairs.draw(rng, len(batch.x))
             return Judged(pair.x0, pair.condition)
         sampler = Sampler.of(self.student.process, self.config.real_steps, "ddim")
+        teacher = self.teacher.drawn(rng, len(batch.x))
         with torch.no_grad():
-            return Judged(sample(self.teacher, sampler, rng.normal(batch.x), batch.condition), batch.condition)
+            return Judged(sample(teacher, sampler, rng.normal(batch.x), batch.condition), batch.condition)
 
     def _distillation(self, x_hat: Tensor, batch: Batch, rng: Rng) -> Tensor:
         """c(t)·‖x̂ − sg x̂_0,teacher(x̂_t, t)‖² of each element (ADD, eq. 5)."""
         t, process = self.all_times(rng.uniform(len(x_hat))), self.student.process
         with torch.no_grad():
             x_t = process.add_noise(x_hat, rng.normal(x_hat), t)
-            target = self.teacher(x_t, t, batch.condition).x0
+            target = self.teacher.drawn(rng, len(x_t))(x_t, t, batch.condition).x0
         weight = process.alpha(t) if self.config.distillation_time == "alpha" else torch.ones_like(t)
         return (expand(weight, x_hat) * (x_hat - target).square()).mean()
 

@@ -23,7 +23,7 @@ from fewstep.models.rollout import last_estimate
 from fewstep.registry import MethodConfig
 from fewstep.rng import Rng
 from fewstep.section import Needs, Window
-from fewstep.training.method import Claims, Method, Setup, Terms, Turn
+from fewstep.training.method import Claims, Critics, Method, Setup, Terms, Turn
 
 _ON = Needs("adversarial_weight")
 
@@ -79,6 +79,7 @@ class SelfAdversarial(Method):
             outputs = config.most_steps - 1
             self.judge = config.discriminator(self.fake_score, setup.example, trains_backbone=False, outputs=outputs)
             self.players |= self.judge.players()
+        self.critics = Critics(self.fake_score, self.judge)
         self.all_times, self.run_steps = Uniform(self.student.process), setup.run_steps
 
     def turn(self, step: int) -> Turn:
@@ -96,7 +97,7 @@ class SelfAdversarial(Method):
         t = judged_at(rng.uniform(len(x_hat)))
         x_t = self.student.process.add_noise(x_hat.detach(), rng.normal(x_hat), t)
         with torch.no_grad():
-            real = self.real_score(x_t, t, batch.condition)
+            real = self.real_score.drawn(rng, len(x_t))(x_t, t, batch.condition)
             fake = self.fake_score(x_t, t, batch.condition)
         losses = {"distribution_matching": distribution_matching(x_hat, fake, real, self.config.weight)}
         if self.judge is not None and n < len(self.times):

@@ -74,7 +74,7 @@ class ContinuousConsistency(Method):
         self.config, self.student, self.run_steps = config, setup.student, setup.run_steps
         self.trig = TrigFlow(config.sigma_data)
         self.seen = viewed(setup.student, self.trig)
-        self.teacher = viewed(setup.guided, self.trig) if config.teacher and setup.guided is not None else None
+        self.guided = setup.guided if config.teacher else None
         self.times = LogNormal(self.trig, config.time_mean, config.time_std)
         self.players, self.averages = {"student": Player(setup.student.parameters())}, {}
         self.log_weight = None
@@ -92,7 +92,7 @@ class ContinuousConsistency(Method):
         """The squared distance of F to sg(F + g), whose gradient with respect to F is −2·g, in each level's weight."""
         t, noise = self.times(rng.uniform(len(batch.x))), rng.normal(batch.x)
         x_t = self.trig.add_noise(batch.x, noise, t)
-        slope = self._slope(x_t, t, batch, noise)
+        slope = self._slope(x_t, t, batch, noise, rng)
         here = self._along_the_ode(x_t, t, slope, batch.condition)
         tangent = consistency_tangent(x_t, t, here.value, slope, here.slope, ramp)
         target = here.value / self.trig.sigma_data + bounded(tangent, self.config.c)
@@ -102,10 +102,10 @@ class ContinuousConsistency(Method):
         return Terms({"consistency": loss}, {"tangent": tangent.square().mean().sqrt()})
 
     @torch.no_grad()
-    def _slope(self, x_t: Tensor, t: Tensor, batch: Batch, noise: Tensor) -> Tensor:
+    def _slope(self, x_t: Tensor, t: Tensor, batch: Batch, noise: Tensor, rng: Rng) -> Tensor:
         """The ODE's dx/dt by the teacher, or its estimate from the sample and the noise that made x_t."""
-        if self.teacher is not None:
-            return self.teacher(x_t, t, batch.condition).velocity
+        if self.guided is not None:
+            return viewed(self.guided.drawn(rng, len(x_t)), self.trig)(x_t, t, batch.condition).velocity
         return regression_target(self.trig, t, batch.x, noise, Kind.VELOCITY)
 
     def _along_the_ode(self, x_t: Tensor, t: Tensor, slope: Tensor, condition: Condition) -> Tangent:

@@ -25,7 +25,7 @@ from fewstep.models.rollout import Rolled, backward_simulation, from_noised_data
 from fewstep.registry import MethodConfig
 from fewstep.rng import Rng
 from fewstep.section import Needs, Window
-from fewstep.training.method import Method, Setup, Terms, Turn
+from fewstep.training.method import Critics, Method, Setup, Terms, Turn
 
 
 class DMD2Config(MethodConfig):
@@ -82,6 +82,7 @@ class DMD2(Method):
         self.discriminator = self._discriminator(setup) if config.gan_weight else None
         if self.discriminator is not None:
             self.players["discriminator"] = Player.of(self.discriminator.heads)
+        self.critics = Critics(self.fake_score, self.discriminator)
         self.times = self.sampler(config, self.student.process, setup.steps).times
         self.all_times, self.run_steps = Uniform(self.student.process), setup.run_steps
         self.pairs = Pairs.open(config.pairs, config.regression_weight, setup.example)

@@ -24,7 +24,7 @@ from fewstep.models.rollout import backward_simulation
 from fewstep.registry import MethodConfig
 from fewstep.rng import Rng
 from fewstep.section import Range, Window
-from fewstep.training.method import Method, Setup, Terms, Turn
+from fewstep.training.method import Critics, Method, Setup, Terms, Turn
 
 
 class FDistillConfig(MethodConfig):
@@ -78,6 +78,7 @@ class FDistill(Method):
         student, fake_score = Player(self.student.parameters()), Player(self.fake_score.parameters())
         heads = Player.of(self.discriminator.heads)
         self.players, self.averages = {"student": student, "fake_score": fake_score, "discriminator": heads}, {}
+        self.critics = Critics(self.fake_score, self.discriminator)
         self.times = self.sampler(config, self.student.process, setup.steps).times
         self.all_times, self.run_steps = Uniform(self.student.process), setup.run_steps
 

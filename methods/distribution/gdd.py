@@ -24,7 +24,7 @@ from fewstep.models.rollout import backward_simulation
 from fewstep.registry import MethodConfig
 from fewstep.rng import Rng
 from fewstep.section import Needs
-from fewstep.training.method import Claims, Method, Setup, Terms, Turn
+from fewstep.training.method import Claims, Critics, Method, Setup, Terms, Turn
 
 _FROZEN = {"conv", "conv1", "conv2", "to_out", "proj_in", "proj_out", "ff"}
 
@@ -74,6 +74,7 @@ class GDD(Method):
         self.judge = config.discriminator(backbone, setup.example, trained)
         self.players = {"student": _student(config, self.student), "discriminator": Player.of(self.judge.heads)}
         self.players |= {"features": Player(backbone.parameters())} if trained else {}
+        self.critics = Critics(discriminator=self.judge)
         self.averages = {}
         self.times, self.run_steps = self.student.process.step_list(setup.steps), setup.run_steps
 

@@ -21,7 +21,7 @@ from fewstep.models.rollout import backward_simulation
 from fewstep.registry import MethodConfig
 from fewstep.rng import Rng
 from fewstep.section import Window
-from fewstep.training.method import Method, Setup, Terms, Turn
+from fewstep.training.method import Critics, Method, Setup, Terms, Turn
 
 
 class SiDConfig(MethodConfig):
@@ -70,6 +70,7 @@ class SiD(Method):
         self.guided_fake = Guided(self.fake_score, setup.guided.null, config.fake_guidance)
         student, fake_score = Player(self.student.parameters()), Player(self.fake_score.parameters())
         self.players, self.averages = {"student": student, "fake_score": fake_score}, {}
+        self.critics = Critics(self.fake_score)
         process = self.student.process
         self.times = self.sampler(config, process, setup.steps).times
         self.all_times, self.run_steps = Uniform(process), setup.run_steps

@@ -21,7 +21,7 @@ from fewstep.models.rollout import Rolled, backward_simulation
 from fewstep.registry import MethodConfig
 from fewstep.rng import Rng
 from fewstep.section import Needs, Range, Window
-from fewstep.training.method import Method, Setup, Terms, Turn
+from fewstep.training.method import Critics, Method, Setup, Terms, Turn
 
 
 class SwiftBrushConfig(MethodConfig):
@@ -65,6 +65,7 @@ class SwiftBrush(Method):
         self.fake_score = setup.fake_score(config.fake_score_lora)
         student, fake_score = Player(self.student.parameters()), Player(self.fake_score.parameters())
         self.players, self.averages = {"student": student, "fake_score": fake_score}, {}
+        self.critics = Critics(self.fake_score)
         process = self.student.process
         self.times = self.sampler(config, process, setup.steps).times
         self.all_times, self.run_steps = Uniform(process), setup.run_steps

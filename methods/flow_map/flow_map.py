@@ -74,7 +74,7 @@ class FlowMap(Method):
             )
         self.config, self.student = config, two_time(setup.student)
         self.map = TwoTime.of(self.student)
-        self.teacher = viewed(setup.guided, Flow()) if config.teacher and setup.guided is not None else None
+        self.guided = setup.guided if config.teacher else None
         times = WithAtom(Uniform(Flow()), config.noise_end, noise_end(self.student.process))
         self.law = SpanLaw(times, config.diagonal)
         self.players, self.averages = {"student": Player(self.student.parameters())}, {}
@@ -92,22 +92,24 @@ class FlowMap(Method):
         for name, rows in (("velocity", parts.diagonal), ("jump", parts.jumps)):
             if len(rows):
                 at = _Rows(x_t[rows], pair.t[rows], pair.s[rows], batch.condition.rows(rows))
-                residual = self._of_jumps(at, share[rows]) if name == "jump" else self._of_velocity(at, slope[rows])
+                residual = (
+                    self._of_jumps(at, share[rows], rng) if name == "jump" else self._of_velocity(at, slope[rows], rng)
+                )
                 losses[name] = mean_square(residual).sum() / size
         return Terms(losses)
 
-    def _of_velocity(self, at: _Rows, slope: Tensor) -> Tensor:
+    def _of_velocity(self, at: _Rows, slope: Tensor, rng: Rng) -> Tensor:
         """u(x, t, t) − v, with the teacher's velocity, or that of the noised sample's own straight line."""
-        if self.teacher is not None:
-            slope = self._velocity(at.x, at.t, at.condition)
+        if self.guided is not None:
+            slope = self._velocity(at.x, at.t, at.condition, rng)
         return self.map.velocity(at.x, at.t, at.t, at.condition) - slope
 
-    def _of_jumps(self, at: _Rows, share: Tensor) -> Tensor:
+    def _of_jumps(self, at: _Rows, share: Tensor, rng: Rng) -> Tensor:
         def average(x: Tensor, t: Tensor, r: Tensor) -> Tensor:
             return self.map.velocity(x, t, r, at.condition)
 
         def velocity(x: Tensor, t: Tensor) -> Tensor:
-            return self._velocity(x, t, at.condition)
+            return self._velocity(x, t, at.condition, rng)
 
         match self.config.kind:
             case "lsd":
@@ -118,10 +120,10 @@ class FlowMap(Method):
                 return progressive(average, at.x, at.t, at.r, share)
 
     @torch.no_grad()
-    def _velocity(self, x: Tensor, t: Tensor, condition: Condition) -> Tensor:
+    def _velocity(self, x: Tensor, t: Tensor, condition: Condition, rng: Rng) -> Tensor:
         """The teacher's, or the student's own on the diagonal."""
-        if self.teacher is not None:
-            return self.teacher(x, t, condition).velocity
+        if self.guided is not None:
+            return viewed(self.guided.drawn(rng, len(x)), Flow())(x, t, condition).velocity
         return self.map.velocity(x, t, t, condition)
 
     def _share(self, rng: Rng, batch: int) -> Tensor:

@@ -87,7 +87,7 @@ class MeanFlow(Method):
             raise UserError(f"method.omega, method.kappa: {config.omega:g} and {config.kappa:g} given; {lacks}")
         self.config, self.student = config, two_time(setup.student)
         self.map = TwoTime.of(self.student)
-        self.teacher = viewed(setup.guided, Flow()) if config.teacher and setup.guided is not None else None
+        self.guided = setup.guided if config.teacher else None
         law = LogitNormal(Flow(), config.time_mean, config.time_std)
         end = min(noise_end(self.student.process), LATEST)
         self.law = SpanLaw(WithAtom(law, config.noise_end, end), config.diagonal)
@@ -101,7 +101,7 @@ class MeanFlow(Method):
         size, noise = len(batch.x), rng.normal(batch.x)
         pair = self.law.pairs(rng.uniform(size), rng.uniform(size))
         x_t, condition = Flow().add_noise(batch.x, noise, pair.t), batch.condition
-        target = self._velocity(x_t, pair.t, noise - batch.x, condition)
+        target = self._velocity(x_t, pair.t, noise - batch.x, condition, rng)
         if self.guides:
             assert self.student.null is not None
             dropped = rng.uniform(size) < self.config.label_dropout
@@ -115,10 +115,10 @@ class MeanFlow(Method):
         return Terms({"average_velocity": adaptive(output, target, self.config.power, self.config.c).mean()})
 
     @torch.no_grad()
-    def _velocity(self, x: Tensor, t: Tensor, slope: Tensor, condition: Condition) -> Tensor:
+    def _velocity(self, x: Tensor, t: Tensor, slope: Tensor, condition: Condition, rng: Rng) -> Tensor:
         """v: the teacher's, or the slope ε − x_0 of the noised sample, under the student's own guidance."""
-        if self.teacher is not None:
-            return self.teacher(x, t, condition).velocity
+        if self.guided is not None:
+            return viewed(self.guided.drawn(rng, len(x)), Flow())(x, t, condition).velocity
         if not self.guides:
             return slope
         assert self.student.null is not None

@@ -83,13 +83,13 @@ class Progressive(Method):
     def turn(self, step: int) -> Turn:
         """The student's, in the stage of that step; the first stage's teacher is the given one under guidance."""
         halving = next((one for one in self.halvings if step < one.stage.end), self.halvings[-1])
-        teacher = self.guided if halving is self.halvings[0] else self.teacher
-        loss = partial(self.loss, teacher=teacher, halving=halving)
+        loss = partial(self.loss, halving=halving)
         return Turn(f"{halving.steps}_steps", ("student",), loss, halving.stage, (TEACHER,))
 
-    def loss(self, batch: Batch, rng: Rng, teacher: Denoiser, halving: Halving) -> Terms:
+    def loss(self, batch: Batch, rng: Rng, halving: Halving) -> Terms:
         """The weighted error of x̂_0 at one of the times of the stage's sampler, drawn for each sample."""
         process, grid = self.student.process, halving.grid
+        teacher = self.guided.drawn(rng, len(batch.x)) if halving is self.halvings[0] else self.teacher
         start = 2 * below(halving.steps, rng.uniform(len(batch.x)))
         t, middle, end, clean = grid[start], grid[start + 1], grid[start + 2], start + 2 == len(grid) - 1
         x_t = process.add_noise(batch.x, rng.normal(batch.x), t)

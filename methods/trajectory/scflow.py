@@ -22,7 +22,7 @@ from fewstep.models.rollout import one_step
 from fewstep.registry import MethodConfig
 from fewstep.rng import Rng
 from fewstep.section import Needs
-from fewstep.training.method import Claims, Method, Setup, Terms, Turn
+from fewstep.training.method import Claims, Critics, Method, Setup, Terms, Turn
 
 
 class SCFlowConfig(FeatureAdversary, MethodConfig):
@@ -69,15 +69,15 @@ class SCFlow(Method):
     def __init__(self, config: SCFlowConfig, setup: Setup) -> None:
         assert setup.guided is not None
         self.config, self.student = config, setup.student
-        self.f, self.teacher = viewed(setup.student, Flow()), viewed(setup.guided, Flow())
-        player = Player(self.student.parameters())
-        follower = self.student.follower("target")
+        self.f, self.guided = viewed(setup.student, Flow()), setup.guided
+        player, follower = Player(self.student.parameters()), self.student.follower("target")
         self.target = viewed(follower, Flow())
         self.players = {"student": player}
         self.averages = {"target": Average(player, config.target_decay, follower.shadow_of(player), False)}
         self.alone = round(config.warmup * setup.run_steps)
         self.judge = config.against(setup.student, setup.teacher, setup.example)
         self.players |= {} if self.judge is None else self.judge.players()
+        self.critics = Critics(discriminator=self.judge)
 
     def turn(self, step: int) -> Turn:
         """The student alone in the warm-up; then the discriminator and it by turns."""
@@ -109,7 +109,7 @@ class SCFlow(Method):
         times, noise = Neighbours.within(self.config.reach, u, down, up), rng.normal(batch.x)
         x_t = Flow().add_noise(batch.x, noise, times.t)
         with torch.no_grad():
-            slope = self.teacher(x_t, times.t, batch.condition)
+            slope = viewed(self.guided.drawn(rng, len(x_t)), Flow())(x_t, times.t, batch.condition)
             target = self.target(euler(slope, times.cleaner), times.cleaner, batch.condition).x0
             target = torch.where(expand(times.cleaner < self.config.truncation, target), batch.x.to(target), target)
         output = self.f(x_t, times.t, batch.condition).x0

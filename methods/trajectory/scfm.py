@@ -19,6 +19,7 @@ from fewstep.losses.consistency import l2
 from fewstep.losses.trajectory import mean_velocity
 from fewstep.models.conditioning import Condition
 from fewstep.models.players import Average, Player
+from fewstep.models.transfer import sent
 from fewstep.registry import MethodConfig
 from fewstep.rng import Rng
 from fewstep.training.method import Claims, Method, Setup, Terms, Turn
@@ -79,7 +80,7 @@ class SCFM(Method):
         average = Average(player, config.target_decay, self.target.shadow_of(player), False)
         self.players, self.averages = {"student": player}, {"target": average}
         self.flow, self.target_flow = viewed(self.student, Flow()), viewed(self.target, Flow())
-        self.teacher_flow = viewed(setup.guided, Flow())
+        self.guided = setup.guided
 
     def turn(self, step: int) -> Turn:
         return Turn("student", ("student",), self.loss)
@@ -87,13 +88,14 @@ class SCFM(Method):
     def loss(self, batch: Batch, rng: Rng) -> Terms:
         """The error of the velocity against the mean of two steps', the teacher's or the target's."""
         taught = rng.rows(PARTS, len(batch.x)) < self.config.teacher_share * PARTS  # on the host: nothing waits
-        steps = self._steps(rng.uniform(len(batch.x)), rng.uniform(len(batch.x)), taught.to(batch.x.device))
+        steps = self._steps(rng.uniform(len(batch.x)), rng.uniform(len(batch.x)), sent(taught, batch.x.device))
         x_t = Flow().add_noise(batch.x, rng.normal(batch.x), steps.t)
-        target = torch.empty_like(x_t)
+        target, teacher = torch.empty_like(x_t), self.guided.drawn(rng, len(x_t))
         with torch.no_grad():
-            for denoiser, mask in ((self.teacher_flow, taught), (self.target_flow, ~taught)):
-                rows = mask.nonzero()[:, 0].to(batch.x.device)
+            for mask in (taught, ~taught):
+                rows = sent(mask.nonzero()[:, 0], batch.x.device)
                 if len(rows):
+                    denoiser = viewed(teacher.rows(rows), Flow()) if mask is taught else self.target_flow
                     told = batch.condition.rows(rows)
                     target[rows] = two_steps(denoiser, x_t[rows], steps.rows(rows), told).to(target)
         velocity = self.flow(x_t, steps.t, batch.condition).velocity

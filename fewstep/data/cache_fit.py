@@ -1,0 +1,105 @@
+"""Whether a run's networks can be told what its data set tells, found out before anything is trained."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from torch import nn
+
+from fewstep.data.cached import CachedLatents
+from fewstep.data.samples import Dataset
+from fewstep.errors import UserError
+from fewstep.models.denoiser import NetworkDenoiser
+from fewstep.models.load import read_json
+
+_ENCODERS = ("vae", "text_encoder")
+_INCIDENTAL = ("transformers_version", "torch_dtype", "dtype", "architectures")
+"""Keys of a component's config that change when it is saved again, beside those that begin with an underscore."""
+
+_WIDTHS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "encoder_hidden_states": ("encoder_hid_dim", "joint_attention_dim", "caption_channels", "text_dim",
+                                  "cap_feat_dim", "cross_attention_dim"),
+        "cap_feats": ("cap_feat_dim",),
+        "pooled_projections": ("pooled_projection_dim",),
+    }
+)  # fmt: skip
+"""What networks call the width of an embedding they take, the first name that they have."""
+
+
+def encoders_digest(folder: Path) -> str:
+    """A digest of what a pipeline's VAE and text encoders state of themselves; empty where it has neither."""
+    configs = {}
+    for component in sorted(p for p in folder.iterdir() if p.name.startswith(_ENCODERS) and p.is_dir()):
+        path = component / "config.json"
+        if path.is_file():
+            configs[component.name] = _lasting(read_json(path))
+    return hashlib.sha256(json.dumps(configs, sort_keys=True).encode()).hexdigest() if configs else ""
+
+
+def _lasting(config: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {k: v for k, v in config.items() if not k.startswith("_") and k not in _INCIDENTAL}
+    return {k: _lasting(v) if isinstance(v, dict) else v for k, v in kept.items()}
+
+
+def takes_prompts(network: nn.Module) -> bool:
+    """Whether the network is told embeddings of text."""
+    arguments = inspect.signature(network.forward).parameters
+    return any(name.startswith("encoder_hidden_states") or name == "cap_feats" for name in arguments)
+
+
+def told_by(dataset: Dataset, denoiser: NetworkDenoiser, name: str, folder: Path | None) -> NetworkDenoiser:
+    """The denoiser with the null condition that a cache of prompts brings.
+
+    Args:
+        dataset: of the run.
+        denoiser: the teacher or the student.
+        name: what messages call it.
+        folder: of its pipeline; None where that is not known.
+
+    Raises:
+        UserError: the network takes prompts and the data set has none, or the other way round, or the cache was made
+            by another teacher.
+    """
+    cache = dataset if isinstance(dataset, CachedLatents) else None
+    prompts = cache is not None and cache.null is not None
+    if takes_prompts(denoiser.network) and not prompts:
+        has = "class labels" if dataset.classes else "no embeddings of prompts"
+        raise UserError(f"data.name: the {name} is told prompts, and the data set has {has}; `fewstep cache` makes a "
+                        "set of captioned pictures or of prompts into one for data.name=cache")  # fmt: skip
+    if cache is None:
+        return denoiser
+    if not takes_prompts(denoiser.network):
+        if prompts and denoiser.null is not None:
+            raise UserError(f"data.path: {cache.folder} holds prompts, and the {name} takes class labels")
+        return denoiser
+    _refuse_other_encoders(cache, name, folder)
+    _refuse_other_widths(cache, denoiser.network, name)
+    assert cache.null is not None
+    device = next(denoiser.network.parameters()).device
+    return replace(denoiser, null=cache.null.to(device))
+
+
+def _refuse_other_encoders(cache: CachedLatents, name: str, folder: Path | None) -> None:
+    plan = cache.index.plan
+    digest = "" if folder is None else encoders_digest(folder)
+    if digest and plan.encoders and digest != plan.encoders:
+        raise UserError(f"data.path: {cache.folder} was made by {plan.teacher}, whose VAE and text encoders are not "
+                        f"those of the {name} in {folder}; make one with its own")  # fmt: skip
+
+
+def _refuse_other_widths(cache: CachedLatents, network: nn.Module, name: str) -> None:
+    config: Mapping[str, Any] = getattr(network, "config", {})
+    assert cache.null is not None
+    for key, value in cache.null.batched.items():
+        taken = next((config[word] for word in _WIDTHS.get(key, ()) if isinstance(config.get(word), int)), None)
+        if taken is not None and value.shape[-1] != taken:
+            raise UserError(f"data.path: {cache.folder} was made by {cache.index.plan.teacher}: its {key} are "
+                            f"{value.shape[-1]} wide, the {name} takes {taken}; make one with its own")  # fmt: skip

@@ -1,0 +1,143 @@
+"""Images to latents and back, as a pipeline's denoiser takes them: scaled, shifted, packed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.errors import UserError
+from fewstep.models.families import Family
+
+_VIDEO = ("AutoencoderKLWan", "AutoencoderKLQwenImage", "AutoencoderKLCogVideoX")
+"""Classes that take images as videos of one frame."""
+
+_PROBE = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Autoencoder:
+    """A VAE beside its denoiser.
+
+    z = ((e − shift_factor − mean)/std)·scaling_factor of what the VAE says, e, each where its config states it;
+    FLUX.2's mean and std are those of its batch norm, over patches of 2×2.
+
+    Attributes:
+        vae: of diffusers.
+        family: of the denoiser.
+    """
+
+    vae: Any
+    family: Family
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Latents `(B, *)` of images `(B, 3, H, W)` or videos `(B, 3, F, H, W)`, in float32.
+
+        Raises:
+            UserError: a side is not a multiple of what the VAE and the packing need.
+        """
+        for side in images.shape[-2:]:
+            self._check(side)
+        return self._packed(self._scaled(self._encoded(images, generator)))
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """Images `(B, 3, H, W)` in [-1, 1], or videos `(B, 3, F, H, W)`; packed latents must be of squares."""
+        unscaled = self._unscaled(self._unpacked(latents))
+        decoded = self.vae.decode(unscaled.to(self.vae.dtype), return_dict=False)[0].float().clamp(-1, 1)
+        return decoded[:, :, 0] if decoded.ndim == 5 and decoded.shape[2] == 1 else decoded
+
+    def shape(self, side: int) -> tuple[int, ...]:
+        """The shape `(*)` of the latents of one square image.
+
+        Raises:
+            UserError: the side is not a multiple of what the VAE and the packing need.
+        """
+        self._check(side)
+        channels, *frames = self._probe[:-2]
+        length = self._probe[-1] * side // _PROBE
+        if self.family.packed:
+            return ((length // 2) ** 2, 4 * channels)
+        grid = (channels, *frames, length, length)
+        return grid if self.family.frames != 1 else (*frames, channels, length, length)
+
+    @cached_property
+    def _probe(self) -> tuple[int, ...]:
+        """The shape of an image of 64 pixels' latents, not packed."""
+        images = torch.zeros(1, 3, _PROBE, _PROBE, device=self.vae.device)
+        with torch.no_grad():
+            return tuple(self._encoded(images, None).shape[1:])
+
+    def _check(self, side: int) -> None:
+        unit = _PROBE // self._probe[-1] * (2 if self.family.packed else 1)
+        if side < unit or side % unit:
+            raise UserError(f"side: {side} pixels given; {type(self.vae).__name__} here takes multiples of {unit}")
+
+    def _encoded(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
+        as_video = type(self.vae).__name__ in _VIDEO and images.ndim == 4
+        given = images.unsqueeze(2) if as_video else images
+        said = self.vae.encode(given.to(self.vae.dtype), return_dict=False)[0]
+        if not isinstance(said, Tensor):  # a distribution
+            said = said.mode() if generator is None else said.sample(generator)
+        return (said[:, :, 0] if as_video and self.family.frames is None else said).float()
+
+    def _scaled(self, said: Tensor) -> Tensor:
+        if (norm := self._batch_norm(said)) is not None:
+            return _unpatched((_patched(said) - norm[0]) / norm[1])
+        mean, std = self._moments(said)
+        return (said - self._shift - mean) / std * self._scale
+
+    def _unscaled(self, z: Tensor) -> Tensor:
+        if (norm := self._batch_norm(z)) is not None:
+            return _unpatched(_patched(z) * norm[1] + norm[0])
+        mean, std = self._moments(z)
+        return z * std / self._scale + mean + self._shift
+
+    @property
+    def _scale(self) -> float:
+        return self.vae.config.get("scaling_factor") or 1.0
+
+    @property
+    def _shift(self) -> float:
+        return self.vae.config.get("shift_factor") or 0.0
+
+    def _moments(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and std of each channel: 0 and 1 where the config states none."""
+        shape = (1, -1, *(1,) * (like.ndim - 2))
+        stated = (self.vae.config.get("latents_mean") or [0.0], self.vae.config.get("latents_std") or [1.0])
+        mean, std = (torch.tensor(values, device=like.device).view(shape) for values in stated)
+        return mean, std
+
+    def _batch_norm(self, like: Tensor) -> tuple[Tensor, Tensor] | None:
+        epsilon = self.vae.config.get("batch_norm_eps")
+        if epsilon is None:
+            return None
+        norm = self.vae.bn
+        mean, variance = (value.view(1, -1, 1, 1).to(like) for value in (norm.running_mean, norm.running_var))
+        return mean, (variance + epsilon).sqrt()
+
+    def _packed(self, z: Tensor) -> Tensor:
+        if self.family.packed:
+            return _patched(z).flatten(2).transpose(1, 2)
+        return z.transpose(1, 2) if self.family.frames == 1 else z
+
+    def _unpacked(self, latents: Tensor) -> Tensor:
+        if self.family.packed:
+            side = math.isqrt(latents.shape[1])
+            grid = _unpatched(latents.transpose(1, 2).unflatten(2, (side, side)))
+            return grid.unsqueeze(2) if type(self.vae).__name__ in _VIDEO else grid
+        return latents.transpose(1, 2) if self.family.frames == 1 else latents
+
+
+def _patched(z: Tensor) -> Tensor:
+    """`(B, C, H, W)` as `(B, 4C, H/2, W/2)`."""
+    return torch.nn.functional.pixel_unshuffle(z, 2)
+
+
+def _unpatched(z: Tensor) -> Tensor:
+    """`(B, 4C, H/2, W/2)` as `(B, C, H, W)`."""
+    return torch.nn.functional.pixel_shuffle(z, 2)
