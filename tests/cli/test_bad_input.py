@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 
 from tests import tiny
-from tests.cli.lab import Lab, call, edit_json, flow_scheduler, write_teacher
+from tests.cli.lab import Lab, call, edit_json, edm_scheduler, write_teacher
 
 
 class Case(NamedTuple):
@@ -164,8 +164,8 @@ TEACHER = [
     case(
         "two networks",
         lambda lab: lab.broken_teacher(lambda p: edit_json(p / "model_index.json", other=["diffusers", "UNet2DModel"])),
-        "one network",
-        "other: UNet2DModel",
+        "unet and other are networks both",
+        "pipelines of one network are known",
     ),
     case(
         "unknown network",
@@ -201,7 +201,7 @@ TEACHER = [
         "prediction_type 'epsilom'",
         "epsilon",
     ),
-    case("dynamic shift", lambda lab: lab.broken_teacher(flow_scheduler), "use_dynamic_shifting"),
+    case("karras noise levels", lambda lab: lab.broken_teacher(edm_scheduler), "EDMEulerScheduler"),
 ]
 
 DATA = [
@@ -308,7 +308,7 @@ def of_another_process(lab: Lab) -> Path:
 
 def damaged(lab: Lab, name: str) -> list[str]:
     arguments = lab.resumed()
-    paths = list(lab.folder.glob(f"again/checkpoints/*/{name}"))
+    paths = list(lab.folder.glob(f"again/checkpoints/step-*/{name}"))
     assert len(paths) == 2
     for path in paths:
         path.write_bytes(b"x")
@@ -338,7 +338,17 @@ VERIFY = [
     case("no number", lambda lab: lab.mixture(means=["a", "b"]), "mixture.json: means", "'a'"),
 ]
 
-CASES = [*COMMAND_LINE, *CONFIG_FILE, *VALUES, *TEACHER, *DATA, *RUNS, *VERIFY]
+WATCHED = [
+    override("evaluate={every: 1, features: clasifier}", "evaluate.features", "'clasifier'", "mean 'classifier'"),
+    override("evaluate={every: 1, best: fid}", "evaluate.best: 'fid'", "measures fd, kid, accuracy", "mean 'fd'"),
+    override("evaluate={every: 1, reference: emoji33}", "evaluate.reference", "'emoji33'", "mean 'emoji32'"),
+    override("evaluate.samples=5", "evaluate.samples: 5", "without every"),
+    override("health.samples=30", "health.samples", "multiple of 4", "found 30"),
+    override("health={every: 0, samples: 16}", "health.samples: 16", "without every"),
+    override("train.trackers=[tensorbord]", "train.trackers.0", "'tensorbord'", "mean 'tensorboard'"),
+]
+
+CASES = [*COMMAND_LINE, *CONFIG_FILE, *VALUES, *TEACHER, *DATA, *RUNS, *VERIFY, *WATCHED]
 
 
 def check(code: int, err: str, fragments: tuple[str, ...]) -> None:

@@ -52,7 +52,7 @@ def test_seed_split_and_options_reach_the_scenes():
         ({"name": "digits", "options": {"a": 1}}, r"data\.options\.a: unknown key, allowed are none"),
         ({"name": "folder"}, r"data\.path: missing"),
         ({"name": "folder", "path": "/no/such"}, r"data\.path: no folder '/no/such'"),
-        ({"name": "folder", "path": ".", "split": "held_out"}, r"data\.split: a folder is one split"),
+        ({"name": "folder", "path": ".", "split": "held_out"}, r"data\.split: what data\.path names is one split"),
         ({"name": "emoji", "options": {"jiter": 1}}, r"data\.options\.jiter: unknown key.*did you mean 'jitter'"),
         ({"name": "emoji", "options": {"jitter": "far"}}, r"data\.options\.jitter: .*valid number.*; found 'far'"),
         ({"name": "emoji", "options": {"scale": [0.1]}}, r"data\.options\.scale: .*; found \[0\.1\]"),

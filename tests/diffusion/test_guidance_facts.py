@@ -15,6 +15,7 @@ from fewstep.models.conditioning import Condition
 
 NONE = Condition.none()
 CONDITIONAL, NULL, STD = 1.0, -0.5, 0.7
+MODE = 1.5  # of the symmetric pair that a student can lose one of
 ENDS = torch.tensor([[0.0], [1.0]], dtype=torch.float64)  # an affine map's image of 0 and 1 says its mean and slope
 
 
@@ -194,3 +195,36 @@ def test_k1_on_vp_lacks_what_its_first_index_keeps_of_the_mean(vp: VP) -> None:
     spread = math.sqrt((first * STD) ** 2 + 1 - first**2)
     assert mean == pytest.approx(10.75 * (1 - STD * first / spread), abs=5e-3)
     assert std == pytest.approx(STD / spread, abs=5e-3)
+
+
+@dataclass(frozen=True)
+class OneSided:
+    """A student that maps pure noise to the mode +M alone and is exact from `handover` on."""
+
+    data: GaussianMixture
+    process: Process
+    exact_first: bool
+
+    def __call__(self, x_t: Tensor, t: Tensor, condition: Condition) -> Prediction:
+        lost = float(t[0]) == 1.0 and not self.exact_first
+        x0 = torch.full_like(x_t, MODE) if lost else self.data.flow_map(x_t, t, torch.zeros_like(t), self.process)
+        return Prediction(self.process, x_t, t, x0, Kind.X0)
+
+
+@pytest.mark.parametrize(("handover", "share"), [(0.9, 0.566), (0.75, 0.691), (0.5, 0.933)])
+def test_a_mode_lost_in_the_first_step_comes_back_as_far_as_the_fresh_noise_reaches(
+    handover: float, share: float
+) -> None:
+    """After re-noising, mode +m keeps the share Φ((1 − t)·m/t); with the teacher's first step instead it is a half."""
+    data = GaussianMixture(tensor(0.5, 0.5), tensor(-MODE, MODE)[:, None], tensor(0.3, 0.3))
+    count = 20_000
+    noise = torch.randn(count, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = {}
+    for exact_first in (False, True):
+        student = OneSided(data, Flow(), exact_first)
+        made = sample(student, Sampler((1.0, handover), "renoise"), noise, NONE, torch.Generator().manual_seed(1))
+        found[exact_first] = float((made > 0).double().mean())
+    exact = 0.5 * (1 + math.erf((1 - handover) * MODE / handover / math.sqrt(2)))
+    assert exact == pytest.approx(share, abs=5e-4)
+    assert found[False] == pytest.approx(exact, abs=4 * math.sqrt(exact * (1 - exact) / count))
+    assert found[True] == pytest.approx(0.5, abs=4 * math.sqrt(0.25 / count))

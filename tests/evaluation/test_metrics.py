@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 from cleanfid.fid import frechet_distance as cleanfid_frechet_distance
+from cleanfid.fid import kernel_distance as cleanfid_kernel_distance
 from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from fewstep.errors import UserError
-from fewstep.evaluation.metrics import Moments, accuracy, energy_distance, frechet_distance, kid
+from fewstep.evaluation.metrics import Moments, accuracy, energy_distance, frechet_distance, kid, mmd
 
 
 class Given(nn.Module):
@@ -85,6 +86,38 @@ def test_kid_equals_torchmetrics_over_the_whole_set(features):
     metric.update(features[0], real=True)
     metric.update(features[1], real=False)
     assert kid(*features).value == pytest.approx(metric.compute()[0].item(), rel=1e-6)
+
+
+def test_kid_equals_clean_fid_over_the_whole_set(features):
+    theirs = cleanfid_kernel_distance(*(one.numpy() for one in features), num_subsets=1, max_subset_size=300)
+    assert kid(*features).value == pytest.approx(theirs, rel=1e-6)
+
+
+def test_mmd_equals_all_pairs():
+    real, fake = randn(9, 5) + 1, randn(7, 5, seed=1)
+
+    def kernel(a: Tensor, b: Tensor) -> float:
+        return float((-(a / a.norm() - b / b.norm()).square().sum() / (2 * 10**2)).exp())
+
+    def mean(x: Tensor, y: Tensor, same: bool) -> float:
+        values = [kernel(a, b) for i, a in enumerate(x) for j, b in enumerate(y) if not (same and i == j)]
+        return sum(values) / len(values)
+
+    wanted = 1000 * (mean(real, real, True) + mean(fake, fake, True) - 2 * mean(real, fake, False))
+    score = mmd(real, fake)
+    assert score.value == pytest.approx(wanted, rel=1e-6)
+    assert score.stderr is not None
+    # The published code pairs each sample with itself as well; the difference is what the docstring says.
+    theirs = 1000 * (mean(real, real, False) + mean(fake, fake, False) - 2 * mean(real, fake, False))
+    own = 1000 * ((1 - mean(real, real, True)) / 9 + (1 - mean(fake, fake, True)) / 7)
+    assert theirs - score.value == pytest.approx(own, rel=1e-6)
+
+
+def test_mmd_of_equal_laws_is_zero_within_its_error():
+    scores = [mmd(randn(60, 8, seed=2 * s), randn(60, 8, seed=2 * s + 1)) for s in range(50)]
+    values = torch.tensor([score.value for score in scores])
+    assert values.mean().abs() < 3 * values.std() / 50**0.5
+    assert 1.0 < torch.tensor([score.stderr for score in scores]).mean() / values.std() < 1.8
 
 
 def test_kid_of_different_counts_with_its_jackknife_error():

@@ -184,11 +184,16 @@ def test_distillation_needs_a_teacher():
         begin(config(FLOW_MAP), replace(sources(), teacher=None))
 
 
-def test_a_low_rank_student_cannot_take_a_span():
+def test_a_low_rank_student_hears_its_span_and_its_teacher_does_not():
     network = sources(network_teacher=True)
     assert isinstance(network.teacher, NetworkDenoiser)
-    with pytest.raises(UserError, match=r"student.lora: a two-time student has a new input"):
-        begin(config(FLOW_MAP), replace(network, student=network.teacher.lora_view("student", 2)))
+    x, t, labels = torch.randn(4, 2), torch.full((4,), 0.7), Condition.of_labels(torch.arange(4))
+    before = network.teacher(x, t, labels).value
+    state = begin(config(FLOW_MAP), replace(network, student=network.teacher.lora_view("student", 2)))
+    go(state, 3)
+    near, far = (state.method.student(x, t, labels.with_scalar(SPAN, torch.full((4,), r))).value for r in (0.1, 0.7))
+    assert float((near - far).detach().abs().max()) > 1e-5
+    assert torch.equal(network.teacher(x, t, labels).value, before)
 
 
 def test_a_split_needs_two_halves():

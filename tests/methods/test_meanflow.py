@@ -137,7 +137,7 @@ def test_guidance_from_data_mixes_three_velocities():
         null = Condition.of_labels(torch.full((8,), 5))
         wanted = 2.0 * slope - 1.5 * method.map.velocity(batch.x, t, t, null)
         wanted += 0.5 * method.map.velocity(batch.x, t, t, batch.condition)
-        torch.testing.assert_close(method._velocity(batch.x, t, slope, batch.condition), wanted)
+        torch.testing.assert_close(method._velocity(batch.x, t, slope, batch.condition, state.rng), wanted)
 
 
 @pytest.mark.parametrize(

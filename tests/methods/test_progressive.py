@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import partial
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,9 +14,10 @@ from fewstep.data.batch import Batch
 from fewstep.diffusion.gaussian import GaussianMixture
 from fewstep.diffusion.prediction import Kind, Prediction
 from fewstep.diffusion.process import EDM, VP, Flow, Process, TrigFlow
-from fewstep.diffusion.solvers import Sampler, jump, sample
+from fewstep.diffusion.solvers import Denoiser, Sampler, jump, sample
 from fewstep.errors import UserError
 from fewstep.losses.trajectory import distillation_weight, invert_jump
+from fewstep.methods.trajectory.progressive import Progressive
 from fewstep.models.conditioning import Condition
 from fewstep.rng import Rng
 from fewstep.training import checkpoint
@@ -142,21 +143,36 @@ def test_the_student_s_times_are_every_second_of_the_teacher_s():
             assert process.step_list(2 * steps)[::2] == pytest.approx(process.step_list(steps), rel=1e-12)
 
 
+@dataclass(frozen=True)
+class Asked:
+    """A teacher that notes its name each time it is asked."""
+
+    name: str
+    teacher: Denoiser
+    names: list[str]
+
+    def drawn(self, rng: Rng, batch: int) -> Asked:
+        return self
+
+    def __call__(self, x_t: Tensor, t: Tensor, condition: Condition) -> Prediction:
+        self.names.append(self.name)
+        return self.teacher(x_t, t, condition)
+
+
 def test_the_first_teacher_is_the_guided_one_and_every_later_one_the_last_student():
     state = begin(config(METHOD, teacher={"guidance": 3.0}, train={"steps": 6}))
     method, weights = state.method, state.method.averages["teacher"].shadow
-    teachers = []
+    assert isinstance(method, Progressive)
+    names: list[str] = []
+    method.guided = Asked("guided", method.guided, names)  # pyright: ignore[reportAttributeAccessIssue]
+    method.teacher = Asked("last", method.teacher, names)  # pyright: ignore[reportAttributeAccessIssue]
     for step in range(6):
-        loss = method.turn(step).loss
-        assert isinstance(loss, partial)
-        teachers.append(loss.keywords["teacher"])
         before = {name: value.detach().clone() for name, value in weights.items()}
         student = {name: p.detach().clone() for name, p in method.players["student"].parameters.items()}
         go(state, 1)
         expected = student if step % 2 == 0 else before
         assert all(torch.equal(value.detach(), expected[name]) for name, value in weights.items()), step
-    assert [one is method.guided for one in teachers] == [True, True] + 4 * [False]  # pyright: ignore[reportAttributeAccessIssue]
-    assert [one is method.teacher for one in teachers] == [False, False] + 4 * [True]  # pyright: ignore[reportAttributeAccessIssue]
+    assert names == 2 * 2 * ["guided"] + 4 * 2 * ["last"]  # two evaluations a step
     assert not any(value.requires_grad for value in weights.values())
 
 

@@ -113,14 +113,14 @@ def test_the_share_of_the_teacher(monkeypatch: pytest.MonkeyPatch):
     state = begin(config({**METHOD, "teacher_share": 0.25}, data={"batch_size": 4000}))
     given = state.next_batch()
     state.method.turn(0).loss(given, state.rng)
-    teacher, target = (seen[id(getattr(state.method, name))] for name in ("teacher_flow", "target_flow"))
+    teacher, target = (seen[id(getattr(state.method, name))] for name in ("guided", "target_flow"))
     assert teacher[0] == pytest.approx(1000, abs=100)
     assert teacher[0] + target[0] == 4000
     assert set(teacher[2]) == {0.125}
     labels = given.condition.labels
     assert labels is not None
     assert sorted(teacher[1] + target[1]) == sorted(labels.tolist())
-    for share, whose in ((0.0, "target_flow"), (1.0, "teacher_flow")):
+    for share, whose in ((0.0, "target_flow"), (1.0, "guided")):
         seen.clear()
         state = begin(config({**METHOD, "teacher_share": share}))
         state.method.turn(0).loss(state.next_batch(), state.rng)
@@ -141,7 +141,7 @@ def test_each_row_s_target_is_its_own():
     with torch.no_grad():
         for i in range(8):
             row = torch.tensor([i])
-            one = method.teacher_flow if taught[i] else method.target_flow  # pyright: ignore[reportAttributeAccessIssue]
+            one = method.guided if taught[i] else method.target_flow  # pyright: ignore[reportAttributeAccessIssue]
             target = two_steps(one, x[row], steps.rows(row), given.condition.rows(row))
             velocity = method.student(x[row], steps.t[row], given.condition.rows(row)).velocity
             alone.append(float((velocity - target).square().mean()))

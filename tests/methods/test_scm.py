@@ -111,7 +111,7 @@ def test_a_step_takes_one_teacher_call_and_two_of_the_student():
         network.register_forward_pre_hook(hook)
 
     count("student", state.method.student.network)
-    count("teacher", state.method.teacher.denoiser.denoiser.network)  # pyright: ignore[reportAttributeAccessIssue]
+    count("teacher", state.method.guided.denoiser.network)  # pyright: ignore[reportAttributeAccessIssue]
     go(state, 3)
     assert calls == {"student": 6, "teacher": 3}
 

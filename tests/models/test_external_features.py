@@ -11,9 +11,9 @@ from fewstep.data.batch import Batch
 from fewstep.diffusion.prediction import Kind
 from fewstep.diffusion.process import Flow
 from fewstep.errors import UserError
-from fewstep.evaluation.efficientnet import Lite0Features
 from fewstep.models.conditioning import Condition
 from fewstep.models.discriminator import Discriminator
+from fewstep.models.efficientnet import load_lite0
 from fewstep.models.external_features import PACKAGE, TAPS, external_features
 from fewstep.models.load import make_denoiser
 from fewstep.models.schedule import Schedule
@@ -36,9 +36,9 @@ def example(channels: int = 3) -> Batch:
 @needs_weights
 def test_its_parts_are_the_classifier_s():
     pixels = torch.randint(0, 256, (2, 3, 96, 96), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    reference = Lite0Features()
-    seen, h = [], torch.nn.functional.relu6(reference.network.stem(reference.pixels(pixels)))
-    for block in reference.network.blocks:
+    trunk = load_lite0().trunk
+    seen, h = [], torch.nn.functional.relu6(trunk.stem((pixels.float() - 127) / 128))
+    for block in (block for part in trunk.parts for block in part):
         h = block(h)
         seen.append(h)
     judge = Discriminator.on(external_features(like(), example(), 96), example(), TAPS)

@@ -277,7 +277,8 @@ def test_an_adapter_on_a_grafted_network_reaches_the_input_too():
     heard = [p for name, p in view.parameters().items() if ".second.guidance." in name]
     assert sum(p.grad is not None and bool(p.grad.any()) for p in heard) == 2
     with pytest.raises(UserError, match="the network is shared by adapters"):
-        view.with_scalar("interval")
+        student.with_scalar("interval")
+    assert view.with_scalar("interval").network is student.network
 
 
 @pytest.mark.parametrize("name", ["UNet2DModel", "DiTTransformer2DModel", "VectorNetwork"])

@@ -21,6 +21,7 @@ from fewstep.models.load import make_denoiser
 from fewstep.models.schedule import Schedule
 from fewstep.rng import Rng
 from fewstep.training.assemble import Sources, guided_teacher
+from fewstep.training.loop import train
 from tests.tiny import alive, unet2d, unet2d_classes
 from tests.training.runs import METHODS, begin, config, go, sources
 
@@ -169,22 +170,36 @@ def test_a_fixed_scale_draws_nothing(denoiser):
 
 
 def test_a_range_that_is_not_drawn_from_is_refused(denoiser, x):
-    with pytest.raises(UserError, match=r"teacher.guidance: \[2, 6\] is a scale for each sample"):
+    with pytest.raises(UserError, match=r"teacher.guidance: \[2, 6\] is a range that training draws a scale"):
         Guided(denoiser, denoiser.null, (2.0, 6.0))(x, T, CONDITION)
 
 
-def figure(method: str, guidance: float | list[float]) -> float:
-    """The first number of a run that its teacher's scale decides."""
-    last = go(begin(config(METHODS[method], teacher={"guidance": guidance})), 1 if method == "consistency" else 3)[-1]
-    return float(last.terms.total if method == "consistency" else last.terms.figures["score_gap"])
+def first_loss(method: str, guidance: float | list[float]) -> float:
+    """Of the student's first turn, weights and draws being the same for every scale."""
+    state = begin(config(METHODS[method], teacher={"guidance": guidance}, train={"steps": 7}))
+    reports = iter(train(state))
+    report = next(report for report in reports if "student" in report.gradient_norms)
+    return float(report.terms.total) + float(report.terms.figures.get("score_gap", 0.0))
 
 
-@pytest.mark.parametrize("method", ["dmd2", "consistency"])
-def test_methods_draw_from_a_range(method):
-    """A range around one number trains as the number does, so that all else is drawn before the scale."""
-    fixed = figure(method, 3.0)
-    assert figure(method, [3.0, 3.0 + 1e-6]) == pytest.approx(fixed, rel=1e-4)
-    assert figure(method, [1.0, 9.0]) != pytest.approx(fixed, rel=1e-2)
+@pytest.mark.parametrize(
+    "method",
+    ["dmd2", "sid", "f_distill", "adversarial", "self_adversarial", "consistency", "scm", "flow_map", "flow_map_psd",
+     "meanflow", "progressive", "scfm", "scflow"],
+)  # fmt: skip
+def test_methods_draw_from_a_range(method, monkeypatch):
+    """A range around one number trains as the number does, a wide one does not."""
+    wide = first_loss(method, [1.0, 9.0])
+    narrow = first_loss(method, [3.0, 3.0 + 1e-6])
+
+    def drawing_all_the_same(self: Guided, rng: Rng, batch: int) -> Guided:
+        rng.uniform(batch)
+        return self
+
+    monkeypatch.setattr(Guided, "drawn", drawing_all_the_same)
+    fixed = first_loss(method, 3.0)
+    assert narrow == pytest.approx(fixed, rel=1e-4)
+    assert wide != pytest.approx(fixed, rel=1e-3)
 
 
 @pytest.mark.parametrize("told", ["same", "unconditional"])

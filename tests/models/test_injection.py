@@ -21,7 +21,6 @@ from fewstep.models.guide_network import guide_for, guide_of, with_guide
 from fewstep.models.injection import Injection, blocks_of
 from fewstep.models.load import load_denoiser, make_denoiser
 from fewstep.models.schedule import Schedule
-from fewstep.pipelines.recipes import recipe_of
 from tests import tiny
 from tests.training.runs import vector_denoiser
 
@@ -185,13 +184,6 @@ def test_its_share_of_the_embedded_teacher(addition, percent):
     share = injection.share_of(teacher.network)
     assert share == pytest.approx(sum(p.numel() for p in injection.parameters()) / count)
     assert 100 * share == pytest.approx(percent, abs=0.01)
-
-
-def test_what_stock_pipelines_cannot_carry_stays():
-    with pytest.raises(
-        UserError, match=r"given an input \(guidance\) that no stock pipeline feeds, so it cannot leave"
-    ):
-        recipe_of(with_addition(plain("UNet2DModel"), "adapters").denoiser, None)
 
 
 def test_what_cannot_be_added_to_is_refused():

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler
+from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 from fewstep.config import NewNetwork
 from fewstep.diffusion.prediction import Kind
-from fewstep.diffusion.process import VP, Flow
+from fewstep.diffusion.process import VP, Flow, Process
 from fewstep.errors import UserError
 from fewstep.models.conditioning import Condition
 from fewstep.models.denoiser import NetworkDenoiser
 from fewstep.models.load import Shape, load_denoiser, new_denoiser, resolve
+from tests import tiny_pipelines
 from tests.tiny import alive, dit_pipeline, sd3_pipeline, sd15_pipeline, unet2d_classes
 
 SMALL = {
@@ -64,6 +68,60 @@ def test_every_family_s_pipeline(tmp_path, build, network, process, kind):
     assert {p.dtype for p in found.parameters().values()} == {torch.float32}
 
 
+PROCESSES: dict[str, Process | type[VP]] = {
+    "ddpm": VP, "dit": VP, "sd15": VP, "sdxl": VP, "pixart": VP, "lumina2": Flow(),
+    "flux": Flow(math.exp(1.15)), "flux_guidance": Flow(math.exp(1.15)),
+    "flux2_klein": Flow(math.exp(compute_empirical_mu(4096, 50))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", tiny_pipelines.PIPELINES)
+def test_the_folder_of_every_tiny_pipeline(tmp_path, name):
+    folder = tiny_pipelines.saved(name, tmp_path)
+    found, made = load_denoiser(str(folder)), tiny_pipelines.denoiser(tiny_pipelines.build(name))
+    its, ours = found.network.state_dict(), made.state_dict()
+    assert list(its) == list(ours)
+    assert all(torch.equal(its[key], ours[key]) for key in ours)
+    expected = PROCESSES.get(name, Flow(3.0))
+    if isinstance(expected, Flow):
+        assert isinstance(found.process, Flow)
+        assert found.process.shift == pytest.approx(expected.shift, rel=1e-4)
+        assert found.kind is Kind.VELOCITY
+    else:
+        assert (type(found.process), found.kind) == (VP, Kind.EPS)
+
+
+def test_a_size_decides_a_dynamic_shift(tmp_path):
+    flux = load_denoiser(str(tiny_pipelines.saved("flux", tmp_path)))
+    assert flux.sized((256, 16)).process.step_list(2) == pytest.approx((1.0, math.exp(0.5) / (1 + math.exp(0.5))))
+    klein = load_denoiser(str(tiny_pipelines.saved("flux2_klein", tmp_path)))
+    at_four, at_fifty = (compute_empirical_mu(1024, steps) for steps in (4, 50))
+    sized = klein.sized((1024, 16)).process
+    assert isinstance(sized, Flow)
+    assert sized.step_list(4)[2] == pytest.approx(1 / (1 + math.exp(-at_four)))
+    assert sized.shift == pytest.approx(math.exp(at_fifty))
+    sana = load_denoiser(str(tiny_pipelines.saved("sana", tmp_path)))
+    assert sana.sized((4, 8, 8)).process == Flow(3.0)
+    sd15 = load_denoiser(str(tiny_pipelines.saved("sd15", tmp_path)))
+    assert sd15.sized((4, 8, 8)) is sd15
+
+
+def test_the_hub_gives_the_components_files_only(monkeypatch):
+    names = ["model_index.json", "flux1-dev.safetensors", "transformer/config.json", "tokenizer/chat_template.jinja",
+             "vae/diffusion_pytorch_model.safetensors", "vae/diffusion_pytorch_model.fp16.safetensors",
+             "unet/diffusion_pytorch_model.bin", "README.md",
+             "text_encoder/model-00001-of-00002.safetensors"]  # fmt: skip
+    kept: list[str] = []
+
+    def fetched(name: str, **patterns: Any) -> str:
+        kept.extend(filter_repo_objects(names, **patterns))
+        return "/there"
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetched)
+    assert resolve("some/name") == Path("/there")
+    assert kept == [names[0], names[2], names[3], names[4], names[8]]
+
+
 def rewrite(path: Path, **changes: object) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
@@ -77,6 +135,13 @@ def damage(folder: Path, what: str) -> None:
             (folder / "model_index.json").write_text("{")
         case "no network":
             rewrite(folder / "model_index.json", unet=["diffusers", "AutoencoderKL"])
+        case "two networks":
+            rewrite(folder / "model_index.json", transformer_2=["diffusers", "WanTransformer3DModel"])
+        case "a component":
+            (folder / "model_index.json").unlink()
+            (folder / "config.json").write_text("{}")
+        case "unknown scheduler":
+            (folder / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "MyScheduler"}')
         case "no scheduler":
             (folder / "scheduler" / "scheduler_config.json").unlink()
         case "unknown class":
@@ -102,6 +167,9 @@ DAMAGE = [
     ("no index", "no model_index.json; a diffusers pipeline folder is needed"),
     ("index torn", "model_index.json: not JSON"),
     ("no network", "one network of UNet2DModel, .* is needed; its components are scheduler: DDIMScheduler, unet: Auto"),
+    ("two networks", "unet and transformer_2 are networks both; pipelines of one network are known"),
+    ("a component", "one component, without a model_index.json; give the pipeline folder above it"),
+    ("unknown scheduler", "scheduler: MyScheduler states no noise table; variance-preserving and FlowMatch ones are"),
     ("no scheduler", "scheduler: no scheduler_config.json"),
     ("unknown class", "network 'UNet2DModell' is not known; did you mean 'UNet2DModel'?"),
     ("no config", "unet: no config.json"),
@@ -109,7 +177,7 @@ DAMAGE = [
     ("weights cut short", "unet: the weights cannot be read"),
     ("weights gone", r"unet: no \*.safetensors"),
     ("a weight missing", "unet: the weights cannot be read: conv_in.weight is missing"),
-    ("a weight too large", "unet: the weights cannot be read"),
+    ("a weight too large", r"unet: the weights cannot be read: .*conv_in.weight expected shape .*8, 3, 3, 3.* got .*9"),
 ]
 
 

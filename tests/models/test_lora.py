@@ -8,14 +8,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from fewstep import registry
 from fewstep.diffusion.prediction import Kind
 from fewstep.diffusion.process import Flow
 from fewstep.errors import UserError
-from fewstep.models.conditioning import Condition
+from fewstep.models.conditioning import SPAN, STEP, Condition
 from fewstep.models.denoiser import NetworkDenoiser
 from fewstep.models.load import make_denoiser
+from fewstep.models.lora import without_adapters
 from fewstep.models.schedule import Schedule
 from tests.tiny import alive, dit, unet2d_classes
+from tests.training.runs import METHODS, begin, config, everything, go, moved, sources
 
 T = torch.tensor([0.3, 0.8])
 LABELS = Condition.of_labels(torch.tensor([1, 3]))
@@ -114,3 +117,86 @@ def test_a_shared_network_is_not_copied(teacher):
     teacher.lora_view("student", 2)
     with pytest.raises(UserError, match=r"student.lora: the network is shared by adapters \(student\)"):
         replace(teacher).copy()
+
+
+def test_convolutions_take_adapters_where_asked_for(teacher, x):
+    """A UNet's are most of its weights; the transformer has one, which cuts patches."""
+    before = teacher(x, T, LABELS).value
+    lines = set(teacher.lora_view("lines", 2).parameters())
+    teacher.adapters.convolutions = True
+    student = teacher.lora_view("student", 2)
+    four = {n.replace(".student.", ".lines.") for n, p in student.parameters().items() if p.ndim == 4}
+    assert {n.replace(".student.", ".lines.") for n in student.parameters()} == lines | four
+    assert len(four) == 2 * sum(isinstance(m, torch.nn.Conv2d) for m in without_adapters(teacher.network).modules())
+    assert torch.equal(student(x, T, LABELS).value, before)
+    shake(student)
+    merged = replace(teacher, network=without_adapters(teacher.network, "student"))
+    torch.testing.assert_close(merged(x, T, LABELS).value, student(x, T, LABELS).value, rtol=0, atol=1e-5)
+    assert torch.equal(teacher(x, T, LABELS).value, before)
+
+
+def test_a_convolution_in_groups_takes_none():
+    """Its adapter would need a rank that the groups divide."""
+    network = torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3, groups=2), torch.nn.Conv2d(4, 4, 3))
+    view = replace(make_denoiser(unet2d_classes(8, 4), Schedule(Flow(), Kind.VELOCITY)), network=network)
+    adapters = type(view.adapters)(network)
+    adapters.convolutions = True
+    adapters.add("student", 3)
+    assert {name.split(".")[0] for name in adapters.parameters("student")} == {"1"}
+
+
+@torch.no_grad()
+def test_views_of_one_network_have_inputs_of_their_own(teacher, x):
+    before = teacher(x, T, LABELS).value
+    student, fake = teacher.lora_view("student", 2).with_scalar(SPAN, 10.0), teacher.lora_view("fake_score", 2)
+    fake = fake.with_scalar(STEP)
+    assert student.network is fake.network is teacher.network
+    span, step = (LABELS.with_scalar(name, torch.tensor([0.3, 1.0])) for name in (SPAN, STEP))
+    assert torch.equal(student(x, T, span).value, before)
+    assert torch.equal(fake(x, T, step).value, before)
+    mine, its = set(student.parameters()), set(fake.parameters())
+    assert not mine & its
+    assert {name for name in mine if ".second." in name} == {n for n in mine if f".second.{SPAN}." in n} != set()
+    assert {p.requires_grad for p in [*student.parameters().values(), *fake.parameters().values()]} == {True}
+    assert not [name for name in mine | its if "second" in name and "lora_" in name]
+    shake(student)
+    changed = student(x, T, span).value
+    assert float((changed - student(x, T, LABELS).value).abs().max()) > 1e-4, "the input is heard"
+    assert torch.equal(fake(x, T, step).value, before)
+    assert torch.equal(teacher(x, T, LABELS).value, before)
+    shake(fake)
+    assert torch.equal(student(x, T, span).value, changed)
+
+
+REFUSED = {
+    "gdd": "the network is shared by adapters",  # trains the network's own norms
+    "adversarial": "the network is shared by adapters",  # these two train a backbone of their own
+    "scflow": "the network is shared by adapters",
+    "guidance": "a new input needs weights of the student's own",
+    "gft": "a new input needs weights of the student's own",
+    "agd": "the method brings adapters of its own",
+    "plug_and_play": "the method brings adapters of its own",
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_trains_adapters(tmp_path, name):
+    """Student and fake score on one network: both move, and the teacher's weights do not."""
+    start, method = sources(network_teacher=True), dict(METHODS[name])
+    teacher = start.teacher
+    assert isinstance(teacher, NetworkDenoiser)
+    if "fake_score_lora" in registry.get(method["name"]).Config.model_fields:
+        method["fake_score_lora"] = 2
+    run = config(method, tmp_path, student={"lora": 2, "steps": 1 if method["name"] == "reflow" else 2})
+    start = replace(start, student=teacher.lora_view("student", 2))
+    if name in REFUSED:
+        with pytest.raises(UserError, match=REFUSED[name]):
+            begin(run, start)
+        return
+    frozen = {n: p.detach().clone() for n, p in teacher.network.named_parameters() if "lora_" not in n}
+    state = begin(run, start)
+    before = everything(state)
+    go(state)
+    assert moved(before, everything(state)) >= set(state.method.players)
+    now = {n.replace(".base.", "."): p for n, p in teacher.network.named_parameters()}
+    assert all(torch.equal(now[n], p) for n, p in frozen.items())

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from diffusers import (
+    CogVideoXDDIMScheduler,
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
@@ -12,11 +15,15 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     LCMScheduler,
+    SCMScheduler,
     UniPCMultistepScheduler,
 )
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 
 from fewstep.diffusion.prediction import Kind
 from fewstep.diffusion.process import VP, Flow
+from fewstep.diffusion.shift import EmpiricalMu, LinearMu
 from fewstep.errors import UserError
 from fewstep.models.schedule import schedule_of
 
@@ -44,6 +51,45 @@ def test_flow_schedulers_and_their_shift():
         assert schedule_of({**made.config, "_class_name": scheduler.__name__}).process == Flow(5.0)
 
 
+@pytest.mark.parametrize("kind", ["exponential", "linear"])
+def test_a_dynamic_shift_is_the_scheduler_s_own(kind):
+    """The step list that Flux's pipeline gets from its scheduler for samples of that size."""
+    made: Any = FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, time_shift_type=kind, base_shift=0.4)
+    flow = schedule_of({**made.config, "_class_name": "FlowMatchEulerDiscreteScheduler"}).process
+    assert isinstance(flow, Flow)
+    for tokens in (256, 1024, 5000):
+        made.set_timesteps(sigmas=[1.0, 0.75, 0.5, 0.25], mu=calculate_shift(tokens, base_shift=0.4))
+        assert flow.sized(tokens).step_list(4) == pytest.approx(made.sigmas[:4].tolist(), rel=1e-6)
+    assert flow.step_list(4) == flow.sized(4096).step_list(4), "before it is told a size"
+
+
+@pytest.mark.parametrize("tokens", [256, 1024, 4096, 4300, 4301, 8192])
+def test_flux2_s_fit(tokens):
+    for steps in (1, 4, 28, 50, 200):
+        assert EmpiricalMu()(tokens, steps) == pytest.approx(compute_empirical_mu(tokens, steps), rel=1e-12)
+        assert LinearMu()(tokens, steps) == pytest.approx(calculate_shift(tokens), rel=1e-12)
+
+
+def test_a_flow_config_that_states_a_noise_table_too():
+    for words in ({"prediction_type": "flow_prediction"}, {"use_flow_sigmas": True}):
+        found = schedule_of({"_class_name": "UniPCMultistepScheduler", **SD, "flow_shift": 3.0, **words})
+        assert (found.process, found.kind) == (Flow(3.0), Kind.VELOCITY)
+
+
+def test_cogvideox_s_shifted_table():
+    made = CogVideoXDDIMScheduler(prediction_type="v_prediction", snr_shift_scale=3.0, rescale_betas_zero_snr=True)
+    found = schedule_of({**made.config, "_class_name": "CogVideoXDDIMScheduler"})
+    assert isinstance(found.process, VP)
+    torch.testing.assert_close(found.process.alphas_cumprod, made.alphas_cumprod.double())
+    assert float(found.process.alphas_cumprod[500]) != pytest.approx(float(DDIMScheduler(**SD).alphas_cumprod[500]))
+
+
+def test_trigflow_of_sana_sprint():
+    made = SCMScheduler()
+    found = schedule_of({**made.config, "_class_name": "SCMScheduler"})
+    assert (found.process, found.kind) == (Flow(timesteps=1.0), Kind.VELOCITY)
+
+
 def test_a_table_of_its_own():
     betas = [0.1, 0.2, 0.3]
     found = schedule_of({"_class_name": "DDPMScheduler", "trained_betas": betas, "num_train_timesteps": 3})
@@ -64,7 +110,7 @@ def test_zero_terminal_snr_with_v_prediction():
 REFUSED = [
     ({**SD, "prediction_type": "epsilon", "rescale_betas_zero_snr": True}, "leaves x̂_0 undefined at pure noise"),
     ({**SD, "prediction_type": "score"}, "prediction_type 'score' is not one of epsilon, sample, v_prediction"),
-    ({"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True}, "use_dynamic_shifting is not"),
+    ({**SD, "timestep_type": "continuous"}, "timestep_type continuous is of networks that are told ln σ/4"),
     ({"beta_schedule": "quadratic"}, "scheduler: no noise table can be made of it: quadratic"),
     ({**EDMEulerScheduler().config, "_class_name": "EDMEulerScheduler"}, "EDMEulerScheduler states no noise table"),
 ]

@@ -70,6 +70,13 @@ def test_features_come_in_the_order_of_the_names_and_only_once() -> None:
         tap.take()
 
 
+def test_a_call_of_one_s_own_is_not_ended_by_what_another_left() -> None:
+    network = Twice()
+    tap = FeatureTap(network, ["twice", "add"])
+    network(torch.tensor([[3.0]]))
+    assert [f.item() for f in tap.of(lambda: network(torch.tensor([[5.0]])))] == [10.0, 11.0]
+
+
 def test_a_second_pass_replaces_the_first() -> None:
     network = Twice()
     tap = FeatureTap(network, ["twice"])

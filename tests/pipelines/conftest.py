@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,9 +65,10 @@ def made_flow() -> Student:
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """The check's other process is this one, its global generator put back."""
 
-    def run(out: Path, work: Path) -> None:
+    def run(exports: Sequence[Path], rooms: Sequence[Path]) -> None:
         with torch.random.fork_rng(devices=[]):
-            reload.make_samples(out, work)
+            for export, room in zip(exports, rooms, strict=True):
+                reload.make_samples(export, room)
 
     monkeypatch.setattr(check, "_run", run)
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
+from huggingface_hub import HfApi
 from PIL import Image
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from fewstep.cli import app
@@ -17,10 +21,10 @@ from fewstep.config_file import parse
 from fewstep.data.pairs import load_pairs
 from fewstep.diffusion.prediction import Kind
 from fewstep.diffusion.solvers import Sampler, sample
-from fewstep.errors import UserError
+from fewstep.errors import RunError, UserError
 from fewstep.models.conditioning import Condition
 from fewstep.models.guidance import Guided
-from fewstep.models.guidance_input import with_guidance_input
+from fewstep.models.guidance_input import with_guidance, with_guidance_input
 from fewstep.models.load import load_denoiser, make_denoiser
 from fewstep.models.schedule import Schedule
 from fewstep.pipelines import check
@@ -135,6 +139,66 @@ def test_an_export_that_differs_ends_with_code_1(tmp_path, run, monkeypatch):
     assert (tmp_path / "out" / "model_index.json").is_file()
 
 
+def refused(*words: object) -> str:
+    done = CliRunner().invoke(app, [str(word) for word in words])
+    assert isinstance(done.exception, UserError | RunError), done.output
+    return str(done.exception)
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--lora"], "--lora: this run trained all weights (student.lora is null), so there are no adapters to write"),
+        (["--max-shard-size", "big"], "--max-shard-size: 'big' given; a number and KB, MB, GB or TB are needed"),
+        (
+            ["--metrics", "nowhere.json"],
+            "--metrics: nowhere.json is no JSON file; `fewstep evaluate --json` writes one",
+        ),
+        (["--push-to-hub", "no name"], "--push-to-hub: 'no name' is no name of a repository; write owner/name"),
+        (["--push-to-hub", "alone"], "--push-to-hub: 'alone' given; write owner/name"),
+    ],
+)
+def test_options_that_cannot_be_met_write_nothing(tmp_path, run, words, line):
+    assert line in refused("export", run, tmp_path / "out", *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_leave_in_shards_and_figures_in_the_card(tmp_path, run):
+    (tmp_path / "figures.json").write_text(
+        json.dumps({"fd": {"value": 12.5}, "samples": 100, "features": "classifier"})
+    )
+    invoke("export", run, tmp_path / "out", "--max-shard-size", "20KB", "--metrics", tmp_path / "figures.json")
+    shards = list((tmp_path / "out" / "unet").glob("diffusion_pytorch_model-*.safetensors"))
+    assert len(shards) > 1
+    assert max(shard.stat().st_size for shard in shards) < 40_000
+    assert "| fd value | 12.5 |" in (tmp_path / "out" / "README.md").read_text().splitlines()
+
+
+@pytest.mark.parametrize("lora", [None, 2])
+def test_rounded_weights_are_checked_against_rounded_ones(tmp_path, teacher, lora):
+    saved(config_of(tmp_path / "run", teacher, student={"steps": 2, "lora": lora}))
+    assert "samples differ by at most" in invoke("export", tmp_path / "run", tmp_path / "out", "--dtype", "bfloat16")
+    weights = load_file(tmp_path / "out" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {value.dtype for value in weights.values()} == {torch.bfloat16}
+
+
+def test_an_upload_that_fails_leaves_the_export(tmp_path, run, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    line = refused("export", run, tmp_path / "out", "--no-verify", "--push-to-hub", "someone/few-digits")
+    assert line.startswith(f"--push-to-hub: someone/few-digits was not uploaded, {tmp_path / 'out'} is whole: ")
+    assert "\n" not in line
+    assert (tmp_path / "out" / "model_index.json").is_file()
+
+
+def test_an_upload_takes_the_whole_folder(tmp_path, run, monkeypatch):
+    calls = []
+    monkeypatch.setattr(HfApi, "create_repo", lambda _, name, **words: f"https://hub/{name}")
+    monkeypatch.setattr(HfApi, "upload_folder", lambda _, **words: calls.append(words))
+    told = invoke("export", run, tmp_path / "out", "--no-verify", "--push-to-hub", "someone/few-digits")
+    assert "uploaded to https://hub/someone/few-digits" in told
+    assert [(one["repo_id"], one["folder_path"]) for one in calls] == [("someone/few-digits", tmp_path / "out")]
+
+
 def test_sample_draws_a_row_a_step_count(tmp_path, run, teacher):
     told = invoke("sample", run, "--out", tmp_path / "a.png", "--steps", 1, "--steps", 2, "--classes", 3)
     assert [line.split(":")[0] for line in told.splitlines()[:2]] == ["1 step", "2 steps"]
@@ -206,11 +270,26 @@ def test_the_grids_of_training_are_made_in_the_middle(tmp_path, teacher):
     assert told == {4.0}
 
 
-def test_an_added_input_cannot_leave(tmp_path, scaled_run):
-    done = CliRunner().invoke(app, ["export", str(scaled_run), str(tmp_path / "out")])
-    assert isinstance(done.exception, UserError)
-    assert "UNet2DModel was given an input (guidance) that no stock pipeline feeds" in str(done.exception)
-    assert not (tmp_path / "out").exists()
+def test_an_added_input_leaves_in_a_network_of_ours(tmp_path, scaled_run):
+    told = invoke("export", scaled_run, tmp_path / "out")
+    assert "loads where fewstep is installed and imported, for its FewStepUNet2DModel" in told
+    assert "reloaded in a fresh process, samples differ by at most" in told
+    pipeline = DiffusionPipeline.from_pretrained(tmp_path / "out")
+    student = load_run(scaled_run).student
+    noise, labels = torch.randn(2, 1, 8, 8), torch.tensor([3, 7])
+    for scale in (None, 2.0, 6.0):
+        if scale is not None:
+            pipeline.unet.guidance_scale = scale
+        with torch.no_grad():
+            heard = pipeline.unet(noise, torch.tensor(999), class_labels=labels).sample
+            condition = with_guidance(Condition.of_labels(labels), torch.full((2,), scale or 4.0), student)
+            expected = student(noise, torch.full((2,), 999.0), condition).value
+        torch.testing.assert_close(heard, expected, rtol=0, atol=5e-6)
+    with pytest.raises(ValueError, match="guidance_scale: 7 given; this network was trained for 2 to 6"):
+        pipeline.unet.guidance_scale = 7.0
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "`pipeline.unet.guidance_scale` sets the guidance scale, 4 as it comes." in card
+    assert "Loads where fewstep is installed and imported as above, for its `FewStepUNet2DModel`" in card
 
 
 def test_a_native_input_leaves_at_the_middle_of_its_range(tmp_path, teachers):

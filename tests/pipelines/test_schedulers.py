@@ -146,17 +146,16 @@ def test_the_teachers_pipeline_makes_the_same_samples(teachers, tmp_path, name, 
 
 def test_a_pipeline_that_takes_no_list_refuses_other_grids(teachers):
     student = teachers("dit").denoiser
-    contract = contract_of(student.process, student.kind, Sampler.of(student.process, 3))
+    sampler = Sampler.of(student.process, 3)
+    contract = contract_of(student.process, student.kind, sampler)
     with pytest.raises(UserError, match=r"DiTPipeline takes no timesteps.*666"):
-        RECIPES["DiTPipeline"].call(contract)
+        RECIPES["DiTPipeline"].settle(contract, sampler)
 
 
-def test_networks_without_a_pipeline_are_told(pixels, teachers):
-    flow = make_denoiser(tiny.unet2d_classes(), Schedule(Flow(), Kind.VELOCITY))
+def test_networks_without_a_pipeline_are_told(teachers):
     for student, teacher, told in [
-        (flow, None, "class labels on flow matching"),
         (teachers("sd3").denoiser, None, "no teacher is given"),
-        (teachers("sd3").denoiser, "FluxPipeline", "FluxPipeline is not known"),
+        (teachers("sd3").denoiser, "HiDreamImagePipeline", "HiDreamImagePipeline is not known"),
     ]:
         assert isinstance(student, NetworkDenoiser)
         with pytest.raises(UserError, match=told):

@@ -58,11 +58,11 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-def vector_denoiser(seed: int = 0) -> NetworkDenoiser:
-    """A labelled VectorNetwork of width 16 on flow matching."""
+def vector_denoiser(seed: int = 0, width: int = 16) -> NetworkDenoiser:
+    """A labelled VectorNetwork on flow matching."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = VectorNetwork(VectorConfig(2, 5, (0.0, 0.0), 0.7, width=16, depth=1))
+        network = VectorNetwork(VectorConfig(2, 5, (0.0, 0.0), 0.7, width=width, depth=1))
         torch.nn.init.normal_(network.last.weight, std=0.1)
     return make_denoiser(network, Schedule(Flow(), Kind.VELOCITY))
 

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from fewstep import registry
 from fewstep.errors import UserError
 from fewstep.training import checkpoint
+from fewstep.training.assemble import Sources
+from fewstep.training.differences import depends_on_its_length, reads_the_length
 from fewstep.training.loop import TrainState
-from tests.training.runs import METHODS, assert_same, begin, config, everything, go
+from fewstep.training.retention import list_checkpoints, step_of, superfluous
+from tests.training.runs import METHODS, assert_same, begin, config, everything, go, sources, vector_denoiser
 
 
 def saved(folder, steps: int = 2, **train) -> TrainState:
@@ -55,11 +61,47 @@ def test_the_oldest_go(tmp_path):
         state.step = step
         checkpoint.save(tmp_path, state)
     assert [path.name[-1] for path in checkpoint.list_checkpoints(tmp_path)] == ["4", "5"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000004", "step-00000005"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000004", "step-00000005"]
+
+
+def test_some_stay_for_good(tmp_path):
+    state = begin(config(METHODS["pretrain"], tmp_path, train={"steps": 12, "keep_last": 2, "keep_every": 4}))
+    for step in range(1, 12):
+        state.step = step
+        checkpoint.save(tmp_path, state)
+    assert [int(path.name[5:]) for path in list_checkpoints(tmp_path)] == [4, 8, 10, 11]
+
+
+@pytest.mark.parametrize(
+    ("last", "every", "stay"),
+    [(1, None, [9]), (3, None, [7, 8, 9]), (1, 3, [3, 6, 9]), (2, 4, [4, 8, 9]), (20, 5, list(range(1, 10)))],
+)
+def test_what_is_superfluous(tmp_path, last, every, stay):
+    found = [tmp_path / f"step-{step:08d}" for step in range(1, 10)]
+    gone = superfluous(found, last, every)
+    assert [step_of(one) for one in found if one not in gone] == stay
+
+
+def test_latest_leads_to_a_whole_one(tmp_path, monkeypatch):
+    state = saved(tmp_path)
+    assert (tmp_path / "latest").readlink() == Path("step-00000002")
+    go(state, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "_sync", killed)
+        with pytest.raises(Killed):
+            checkpoint.save(tmp_path, state)
+    assert (tmp_path / "latest" / "state.json").is_file()
+    assert (tmp_path / "latest").readlink() == Path("step-00000002")
+    checkpoint.save(tmp_path, state)
+    assert (tmp_path / "latest").readlink() == Path("step-00000003")
 
 
 class Killed(BaseException):
     """Stands for a SIGKILL: nothing catches it."""
+
+
+def killed(*_: object) -> None:
+    raise Killed
 
 
 @pytest.mark.parametrize("at", ["save_file", "_write_json", "_sync", "rename"])
@@ -68,14 +110,11 @@ def test_a_kill_while_saving_leaves_the_earlier_one(tmp_path, monkeypatch, at):
     before = everything(state)
     go(state, 2)
 
-    def kill(*_: object) -> None:
-        raise Killed
-
     with monkeypatch.context() as patch:
         if at == "rename":
-            patch.setattr("pathlib.Path.rename", kill)
+            patch.setattr("pathlib.Path.rename", killed)
         else:
-            patch.setattr(checkpoint, at, kill)
+            patch.setattr(checkpoint, at, killed)
         with pytest.raises(Killed):
             checkpoint.save(tmp_path, state)
     (left,) = checkpoint.list_checkpoints(tmp_path)
@@ -85,7 +124,9 @@ def test_a_kill_while_saving_leaves_the_earlier_one(tmp_path, monkeypatch, at):
     go(again, 2)
     assert_same(everything(state), everything(again))
     checkpoint.save(tmp_path, again)
-    assert sorted(path.name[:5] for path in tmp_path.iterdir()) == ["step-", "step-"], "the torn one is swept away"
+    assert sorted(path.name[:5] for path in tmp_path.iterdir()) == ["lates", "step-", "step-"], (
+        "the torn one is swept away"
+    )
 
 
 def test_a_kill_while_removing_the_oldest_leaves_no_half_one(tmp_path, monkeypatch):
@@ -103,7 +144,7 @@ def test_a_kill_while_removing_the_oldest_leaves_no_half_one(tmp_path, monkeypat
     assert [path.name for path in checkpoint.list_checkpoints(tmp_path)] == ["step-00000003"]
     go(state, 1)
     checkpoint.save(tmp_path, state)
-    assert [path.name for path in tmp_path.iterdir()] == ["step-00000004"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000004"]
 
 
 def damage(folder, what: str) -> None:
@@ -145,7 +186,7 @@ def test_damage_is_one_line(tmp_path, what):
 )
 def test_another_config_is_refused_by_name(tmp_path, sections, told):
     saved(tmp_path)
-    other = config(METHODS["dmd2"], tmp_path, **sections)
+    other = config(METHODS["dmd2"], tmp_path, **{**sections, "train": {"steps": 6, **sections.get("train", {})}})
     with pytest.raises(UserError, match=f"made by another config \\({told}\\)"):
         checkpoint.restore(checkpoint.list_checkpoints(tmp_path)[-1], begin(other))
 
@@ -158,13 +199,99 @@ def test_other_settings_of_the_method_are_refused(tmp_path):
 
 
 def test_what_does_not_decide_the_result_may_change(tmp_path):
-    state = saved(tmp_path)
+    state = begin(config(METHODS["consistency"], tmp_path, train={"steps": 6}))
+    go(state, 2)
+    checkpoint.save(tmp_path, state)
     other = config(
-        METHODS["dmd2"],
+        METHODS["consistency"],
         tmp_path / "moved",
         data={"workers": 1},
-        train={"steps": 4, "log_every": 1, "checkpoint_every": 1, "keep_last": 1, "threads": 1},
+        train={"steps": 4, "log_every": 1, "checkpoint_every": 1, "keep_last": 1, "keep_every": 2, "threads": 1},
+        health={"every": 3},
     )
     again = begin(other)
     checkpoint.restore(checkpoint.list_checkpoints(tmp_path)[-1], again)
     assert_same(everything(state), everything(again))
+
+
+@pytest.mark.parametrize(
+    ("method", "optim", "depends"),
+    [
+        ("consistency", {}, False),
+        ("consistency", {"decay": "linear"}, True),
+        ("pretrain", {"warmup": 3}, False),
+        ("progressive", {}, True),
+        ("dmd2", {}, True),
+    ],
+)
+def test_another_length_is_refused_where_it_makes_another_run(tmp_path, method, optim, depends):
+    state = begin(config(METHODS[method], tmp_path, optim=optim, train={"steps": 7}))
+    assert depends_on_its_length(state) == depends
+    go(state, 1)
+    checkpoint.save(tmp_path, state)
+    longer = begin(config(METHODS[method], tmp_path, optim=optim, train={"steps": 9}))
+    if depends:
+        with pytest.raises(
+            UserError, match=r"made by another config \(train.steps was 7, is 9\); .* go on with --force"
+        ):
+            checkpoint.restore(list_checkpoints(tmp_path)[-1], longer)
+    told: list[str] = []
+    checkpoint.restore(list_checkpoints(tmp_path)[-1], longer, told.append)
+    assert told == (["train.steps was 7, is 9"] if depends else [])
+    assert longer.step == 1
+
+
+@pytest.mark.parametrize("name", registry.names())
+def test_methods_that_read_the_length_are_found(name):
+    method = registry.get(name)
+    assert reads_the_length(method) == ("run_steps" in inspect.getsource(method))
+
+
+def test_another_config_can_be_forced(tmp_path):
+    state = saved(tmp_path)
+    told: list[str] = []
+    other = begin(config(METHODS["dmd2"], tmp_path, optim={"lr": 0.5}, train={"steps": 6, "ema": 0.5}))
+    checkpoint.restore(list_checkpoints(tmp_path)[-1], other, told.append)
+    assert told == ["optim.lr was 0.01, is 0.5; train.ema was 0.9, is 0.5"]
+    assert_same(everything(state), everything(other))
+    go(other, 1)
+    assert other.optimizers["student"].adamw.param_groups[0]["lr"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("method", "told"),
+    [
+        ("dmd2_gan", r"step-00000002: made by a run without player discriminator; change run.dir"),
+        ("wider", r"player-student.safetensors: first.bias is \(16,\), in this run \(24,\); such a change needs"),
+    ],
+)
+def test_other_networks_cannot_be_forced(tmp_path, method, told):
+    saved(tmp_path)
+    run = config(METHODS["dmd2" if method == "wider" else method], tmp_path, train={"steps": 6})
+    other = begin(
+        run, Sources(sources().dataset, sources().teacher, vector_denoiser(width=24)) if method == "wider" else None
+    )
+    before = everything(other)
+    with pytest.raises(UserError, match=told):
+        checkpoint.restore(list_checkpoints(tmp_path)[-1], other, lambda text: None)
+    assert_same(before, everything(other))
+
+
+def test_another_kind_of_device_is_refused(tmp_path):
+    state = saved(tmp_path)
+    path = list_checkpoints(tmp_path)[-1] / "state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"device": "cuda"}))
+    with pytest.raises(UserError, match=r"was made on cuda, this run is on cpu, .*; go on on cuda, or change run.dir"):
+        checkpoint.restore(path.parent, begin(state.config), lambda text: None)
+
+
+def test_bad_steps_are_counted_over_the_whole_run(tmp_path):
+    state = begin(config(METHODS["dmd2"], tmp_path, train={"steps": 6}))
+    state.optimizers["student"].skips.note(torch.tensor(float("nan")))
+    checkpoint.save(tmp_path, state)
+    again = begin(state.config)
+    checkpoint.restore(list_checkpoints(tmp_path)[-1], again)
+    assert {name: one.skips.read() for name, one in again.optimizers.items()} == {
+        "student": [1, 1],
+        "fake_score": [0, 0],
+    }

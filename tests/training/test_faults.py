@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import mmap
 import os
 import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from fewstep.commands.train import CHECKPOINTS, logged, save
 from fewstep.config import Optim
-from fewstep.errors import RunError
+from fewstep.errors import RunError, UserError
 from fewstep.models.players import Player
 from fewstep.training import checkpoint
 from fewstep.training.checkpoint import Damaged, list_checkpoints, restore_last
 from fewstep.training.loop import TrainState, train
 from fewstep.training.optim import make_optimizers
+from tests.training.ranks import begin_rank, launch
 from tests.training.runs import METHODS, assert_same, begin, config, everything, go
 
 
@@ -118,7 +127,7 @@ def test_a_signal_saves_and_the_run_goes_on_as_if_nothing_had_been(tmp_path, whi
     assert_same(everything(straight), everything(again))
 
 
-def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
+def test_a_refused_write_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
     run = config(METHODS["pretrain"], tmp_path, train={"steps": 4, "checkpoint_every": 2})
     state = begin(run)
     go(state, 2)
@@ -130,10 +139,133 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
 
     monkeypatch.setattr(checkpoint, "save_file", full)
     go(state, 1)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(
+        RunError, match=r"step-00000003 cannot be written \(No space left on device\); the same command"
+    ):
         save(state)
     monkeypatch.undo()
     assert list_checkpoints(tmp_path / CHECKPOINTS) == good
     resumed = begin(run)
     assert restore_last(tmp_path / CHECKPOINTS, resumed, lambda text: None) == good[0]
     assert json.loads((good[0] / "state.json").read_text())["step"] == 2
+
+
+QUIET = {"checkpoint_every": 1, "log_every": 100, "trackers": []}
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of its own with room for a few checkpoints."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    try:
+        mount(place, "-t", "tmpfs", "-o", "size=512k")
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"no file system can be mounted here: {error}")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+def mount(place: Path, *words: str) -> None:
+    subprocess.run(["mount", *words, "tmpfs", str(place)], check=True, capture_output=True)
+
+
+def fill(disk: Path, leave: int) -> Path:
+    """Write until nothing more fits but `leave` bytes."""
+    path = disk / "filler"
+    with path.open("wb", buffering=0) as stream, contextlib.suppress(OSError):
+        while True:
+            stream.write(bytes(4096))
+    os.truncate(path, path.stat().st_size - leave)
+    return path
+
+
+def train_and(state: TrainState, step: int, do: Callable[[], object]) -> None:
+    for report in logged(state):
+        if report.step == step:
+            do()
+
+
+@pytest.mark.parametrize("room", [0, 4096, 16384])
+def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, disk, room):
+    """Wherever in the save the room ends: at its first file, its second, or a later one."""
+    run = config(METHODS["pretrain"], disk / "run", train={"steps": 4, **QUIET})
+    told = (
+        r"checkpoints: step-00000003 cannot be written \(.*No space left on device.*\); .* goes on from step-00000002"
+    )
+    with pytest.raises(RunError, match=told):
+        train_and(begin(run), 2, lambda: fill(disk, room))
+    folder = disk / "run" / CHECKPOINTS
+    assert [path.name for path in list_checkpoints(folder)] == ["step-00000001", "step-00000002"]
+    assert (folder / "latest" / "state.json").is_file()
+    assert list(folder.glob(".partial*")) == [], "what was half written gives its room back"
+    (disk / "filler").unlink()
+    again, straight = begin(run), begin(config(METHODS["pretrain"], tmp_path, train={"steps": 4}))
+    assert restore_last(folder, again, lambda text: None) == folder / "step-00000002"
+    for _ in logged(again):
+        pass
+    go(straight)
+    assert_same(everything(straight), everything(again))
+
+
+def test_a_log_that_cannot_be_written_is_one_line(disk):
+    run = config(METHODS["pretrain"], disk / "run", train={"steps": 4, **QUIET, "log_every": 1})
+    log = disk / "run" / "log.jsonl"
+
+    def fill_up() -> None:
+        with log.open("a") as stream:  # up to the end of a page, or the next line would still have room
+            stream.write("\n" * (-log.stat().st_size % mmap.PAGESIZE))
+        fill(disk, 0)
+
+    with pytest.raises(RunError, match=r"run: cannot be written \(No space left on device\); .* from step-00000002"):
+        train_and(begin(run), 2, fill_up)
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_training(disk):
+    mount(disk, "-o", "remount,ro")
+    run = config(METHODS["pretrain"], disk / "run", train={"steps": 4, **QUIET})
+    with pytest.raises(UserError, match=r"run.dir: .*/run cannot be written: Read-only file system"):
+        next(logged(begin(run)))
+
+
+def test_a_disk_that_becomes_read_only_leaves_the_last_good_checkpoint(disk):
+    run = config(METHODS["pretrain"], disk / "run", train={"steps": 4, **QUIET})
+    with pytest.raises(RunError, match=r"step-00000003 cannot be written \(Read-only file system\); .* step-00000002"):
+        train_and(begin(run), 2, lambda: mount(disk, "-o", "remount,ro"))
+    state = begin(run)
+    assert restore_last(disk / "run" / CHECKPOINTS, state, lambda text: None) is not None
+    assert state.step == 2
+
+
+def lose_rank(folder: Path, shard: str) -> None:
+    """The second process is killed in its fifth step; the first one writes down how it ends."""
+    sections = {"checkpoint_every": 2, "shard": shard, "trackers": []}
+    state = begin_rank(config(METHODS["dmd2"], folder / "run", train={"steps": 8, **sections}))
+    if dist.get_rank() == 1:
+        for report in logged(state):
+            if report.step == 4:
+                os.kill(os.getpid(), signal.SIGKILL)
+    begun = time.monotonic()
+    try:
+        for _ in logged(state):
+            pass
+    except RunError as error:
+        (folder / "told.json").write_text(json.dumps({"told": str(error), "seconds": time.monotonic() - begun}))
+        os._exit(1)
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("shard", ["none", "full"])
+def test_a_killed_rank_ends_the_others_and_loses_nothing(tmp_path, shard):
+    assert launch(partial(lose_rank, shard=shard), tmp_path, seconds=60) == [1, -signal.SIGKILL]
+    end = json.loads((tmp_path / "told.json").read_text())
+    assert end["told"] == "another process of this run has gone; the same command goes on from step-00000004"
+    assert end["seconds"] < 30
+    run = config(METHODS["dmd2"], tmp_path / "run", train={"steps": 8})
+    again, straight = begin(run), begin(run)
+    assert restore_last(tmp_path / "run" / CHECKPOINTS, again, lambda text: None) is not None
+    assert again.step == 4
+    go(again)
+    go(straight)
+    for key, value in everything(straight).items():
+        torch.testing.assert_close(everything(again)[key], value, rtol=0, atol=1e-5)
