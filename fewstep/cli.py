@@ -109,8 +109,9 @@ def sample(
     """Make a grid of samples: a row for each class, prompt and seed, a column for each step count."""
     from fewstep.commands.sample import Request, run
 
-    words = [tuple(one or ()) for one in (steps, classes, prompt, seed)]
-    run(Request(source, *words, guidance, size, beside_teacher, tuple(teacher_steps or ()), trajectory), out)
+    rows = tuple(classes or ()), tuple(prompt or ()), tuple(seed or ())
+    teacher = beside_teacher, tuple(teacher_steps or ())
+    run(Request(source, tuple(steps or ()), *rows, guidance, size, *teacher, trajectory), out)
 
 
 @app.command()

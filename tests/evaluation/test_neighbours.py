@@ -23,12 +23,13 @@ def by_hand(real: np.ndarray, fake: np.ndarray, k: int) -> dict[str, float]:
     real_radius = [radius(real, i) for i in range(len(real))]
     fake_radius = [radius(fake, i) for i in range(len(fake))]
     holds = [[distance(r, f) < real_radius[i] for f in fake] for i, r in enumerate(real)]
-    return {
+    found = {
         "precision": np.mean([any(row[j] for row in holds) for j in range(len(fake))]),
         "recall": np.mean([any(distance(r, f) < fake_radius[j] for j, f in enumerate(fake)) for r in real]),
         "density": sum(map(sum, holds)) / (k * len(fake)),
         "coverage": np.mean([any(row) for row in holds]),
     }
+    return {name: float(value) for name, value in found.items()}
 
 
 def values(shares: Neighbourhoods) -> dict[str, float]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import open_clip
@@ -71,7 +73,7 @@ def test_clip_score_equals_a_hand_computation(clip_file):
     network = ClipFeatures(f"{ARCH}:{clip_file}")
     captions = ("a red car", "a gift box", "a red car", "an octopus")
     ours = clip_score(network(pixels()).values, network.text(captions))
-    model = open_clip.create_model(ARCH, pretrained=str(clip_file)).eval()
+    model: Any = open_clip.create_model(ARCH, pretrained=str(clip_file)).eval()
     tokenize = open_clip.get_tokenizer(ARCH)
     cosines = []
     for image, caption in zip(pixels(), captions, strict=True):
@@ -282,7 +284,7 @@ def broken():
 
 
 @pytest.fixture
-def package(tmp_path, monkeypatch) -> str:
+def package(tmp_path, monkeypatch) -> Iterator[str]:
     (tmp_path / "my_features.py").write_text(MODULE)
     monkeypatch.syspath_prepend(tmp_path)
     yield "my_features"

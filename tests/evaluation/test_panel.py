@@ -55,7 +55,7 @@ class Refusal(NamedTuple):
     metrics: tuple[str, ...]
     network: Pixels
     said: str
-    count: int = 30
+    images: int = 30
     labelled: bool = True
 
 
@@ -83,7 +83,7 @@ REFUSALS = [
 @pytest.mark.parametrize("one", REFUSALS, ids=lambda one: f"{','.join(one.metrics)} {one.said[-20:]}")
 def test_what_does_not_fit_is_refused_in_one_line(one):
     with pytest.raises(UserError) as caught:
-        Panel.of(Plain(("dark", "light")), one.network, one.metrics, one.count, one.labelled)
+        Panel.of(Plain(("dark", "light")), one.network, one.metrics, one.images, one.labelled)
     assert one.said in str(caught.value)
     assert "\n" not in str(caught.value)
 

@@ -38,7 +38,7 @@ def test_its_parts_are_the_classifier_s():
     pixels = torch.randint(0, 256, (2, 3, 96, 96), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     trunk = load_lite0().trunk
     seen, h = [], torch.nn.functional.relu6(trunk.stem((pixels.float() - 127) / 128))
-    for block in (block for part in trunk.parts for block in part):
+    for block in (block for part in trunk.parts for block in part.children()):
         h = block(h)
         seen.append(h)
     judge = Discriminator.on(external_features(like(), example(), 96), example(), TAPS)
