@@ -19,7 +19,10 @@ PLUG = {"name": "plug_and_play", "guidance_range": [1.0, 5.0], "channels": 16, "
 ALONG = {**PLUG, "states": "trajectory", "trajectory_steps": 4}
 
 
-@pytest.mark.parametrize("method", [PLUG, ALONG], ids=["noised_data", "trajectory"])
+@pytest.mark.parametrize(
+    "method",
+    [pytest.param(PLUG, id="noised_data", marks=pytest.mark.slow), pytest.param(ALONG, id="trajectory")],
+)
 def test_the_student_s_mean_is_affine_in_the_scale(method):
     """In 1 step and in 4; a guide deaf to the scale is 0.75 off at both ends, one with w = s − 1 is 0.5 off."""
     state = guided_run(method, 400)

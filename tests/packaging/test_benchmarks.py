@@ -25,6 +25,7 @@ def figures(tmp_path_factory):
     return json.loads(out.read_text())["steps"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("step", "needs"),
     [
@@ -40,6 +41,7 @@ def test_a_step_needs_these_evaluations_and_no_other(figures, step, needs):
     assert figures[step]["saved_bytes"] > 0
 
 
+@pytest.mark.slow
 def test_only_one_network_s_activations_are_kept(figures):
     """The student step of DMD2 keeps what one forward pass of the student keeps, and next to nothing besides."""
     student = figures["unet/dmd2/student"]
@@ -47,6 +49,7 @@ def test_only_one_network_s_activations_are_kept(figures):
     assert student["needed_bytes"] <= 1.05 * figures["unet/consistency/student"]["saved_bytes"]
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_a_device_runs_on_small_networks(tmp_path, monkeypatch, capsys):
     """Every section, on a CPU; kernels that are not there are said to be missing."""
     from benchmarks import gpu
