@@ -21,10 +21,10 @@ def teacher(folder: Path, network: str = "UNet2DConditionModel", width: int = 6)
     return folder
 
 
-def pictures(folder: Path, captions: Sequence[str] = CAPTIONS) -> Path:
+def pictures(folder: Path, captions: Sequence[str] = CAPTIONS, side: int = 8) -> Path:
     folder.mkdir()
     for i, caption in enumerate(captions):
-        image = Image.new("RGB", (8, 8), (40 * i, 255 - 30 * i, 90))
+        image = Image.new("RGB", (side, side), (40 * i, 255 - 30 * i, 90))
         image.putpixel((0, 0), (255, 255, 255))
         image.save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text(caption)

@@ -1,0 +1,47 @@
+"""From a text-to-image pipeline and captioned pictures to a few-step pipeline, by config alone.
+
+    python examples/text_to_image.py PIPELINE PICTURES OUT CONFIG [--size 1024] [KEY=VALUE ...]
+
+PIPELINE is a diffusers folder or hub name (SD 1.5, SDXL, SD3, FLUX, PixArt, Sana, ...). PICTURES is a folder of images
+with captions: `metadata.jsonl`, or a `.txt` beside each. CONFIG is a shipped file of `configs/text_to_image/`, or one of
+yours. OUT gets `cache/`, `run/` and `pipeline/`, which `DiffusionPipeline.from_pretrained` loads. The same command again
+goes on where it was interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+
+def main() -> None:
+    """Cache, train, export."""
+    asked = _arguments()
+    cache, run = asked.out / "cache", asked.out / "run"
+    _fewstep("cache", asked.pipeline, cache, "--data", "captions", "--path", asked.pictures, "--size", asked.size)
+    places = (f"teacher.path={asked.pipeline}", f"data.path={cache}", f"run.dir={run}")
+    _fewstep("train", asked.config, *places, *asked.changes)
+    _fewstep("export", run, asked.out / "pipeline")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pipeline")
+    parser.add_argument("pictures", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("config")
+    parser.add_argument("changes", nargs="*", help="of the config, as train.steps=1000")
+    parser.add_argument("--size", type=int, default=1024, help="side of the pictures in pixels")
+    return parser.parse_intermixed_args()
+
+
+def _fewstep(*words: object) -> None:
+    done = subprocess.run([sys.executable, "-m", "fewstep", *map(str, words)], check=False)
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+if __name__ == "__main__":
+    main()
