@@ -2,10 +2,10 @@
 
     python examples/text_to_image.py PIPELINE PICTURES OUT CONFIG [--size 1024] [KEY=VALUE ...]
 
-PIPELINE is a diffusers folder or hub name (SD 1.5, SDXL, SD3, FLUX, PixArt, Sana, ...). PICTURES is a folder of images
-with captions: `metadata.jsonl`, or a `.txt` beside each. CONFIG is a shipped file of `configs/text_to_image/`, or one of
-yours. OUT gets `cache/`, `run/` and `pipeline/`, which `DiffusionPipeline.from_pretrained` loads. The same command again
-goes on where it was interrupted.
+PIPELINE is a diffusers folder or hub name: SD 1.5, SDXL, SD3, FLUX, PixArt, Sana and others. PICTURES is a folder of
+images with captions (`metadata.jsonl`, or a `.txt` beside each). CONFIG is a shipped file of `configs/text_to_image/`,
+or one of yours. OUT gets `cache/`, `run/` and `pipeline/`, which `DiffusionPipeline.from_pretrained` loads. The same
+command again goes on where it was interrupted.
 """
 
 from __future__ import annotations
