@@ -30,8 +30,22 @@ from tests.training.runs import METHODS, assert_same, begin, config, everything,
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="signals and /proc as Linux has them")
 
 
-def children() -> list[int]:
+_OTHERS: set[int] = set()
+
+
+def everybody() -> list[int]:
     return [child.pid for child in multiprocessing.active_children() if child.pid is not None]
+
+
+def children() -> list[int]:
+    return [pid for pid in everybody() if pid not in _OTHERS]
+
+
+@pytest.fixture(autouse=True)
+def others() -> None:
+    """What earlier tests have left running is none of these tests' workers."""
+    _OTHERS.clear()
+    _OTHERS.update(everybody())
 
 
 def kill_workers() -> None:
