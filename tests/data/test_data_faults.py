@@ -62,7 +62,7 @@ class Wide:
         return Samples(torch.tensor(indices, dtype=torch.float32)[:, None].expand(-1, 1 << 20).contiguous())
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGUSR1])
 @pytest.mark.parametrize("workers", [1, 3])
 def test_a_worker_killed_in_the_middle_of_a_message_is_reported_at_once(number, workers):
     batches = iter(Loader(Wide(), 2, seed=0, workers=workers))
