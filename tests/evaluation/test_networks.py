@@ -185,6 +185,7 @@ def test_inception_from_the_archive_is_called_as_clean_fid_calls_it(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore:The parameter 'pretrained':UserWarning", "ignore:Arguments other than:UserWarning")
+@pytest.mark.slow
 def test_inception_from_the_plain_weights_is_clean_fid_s(tmp_path, monkeypatch):
     from cleanfid import inception_pytorch
 

@@ -50,7 +50,10 @@ class LastStep(Rng):
         return high - 1
 
 
-@pytest.mark.parametrize(("rollout", "expected"), [("backward_simulation", 3.2), ("noised_data", 2.0)])
+@pytest.mark.parametrize(
+    ("rollout", "expected"),
+    [("backward_simulation", 3.2), pytest.param("noised_data", 2.0, marks=pytest.mark.slow)],
+)
 def test_the_second_step_learns_for_its_own_input(rollout, expected):
     """Its gain² is 1/(variance of what it is fed): .25·.25 + .25 of its own samples, .25 + .25 of noised data."""
     student = Gaussian(1, steps=(1.0, 0.5))

@@ -83,6 +83,7 @@ def test_the_evaluations_of_dmd2(tmp_path):
     }
 
 
+@pytest.mark.slow
 def test_memory_settings_show(tmp_path):
     plain, less = (
         measured(config("dmd2", tmp_path).model_copy(update=update))
