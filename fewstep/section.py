@@ -10,6 +10,9 @@ from pydantic_core import PydanticCustomError
 
 AT_FIELD = "at_field"
 
+MAX_STEPS = 8
+"""Network evaluations per sample that a student may take."""
+
 
 @dataclass(frozen=True)
 class Needs:
