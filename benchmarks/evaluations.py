@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
+from fewstep.models import discriminator
 from fewstep.models.denoiser import NetworkDenoiser
 from fewstep.models.heads import Heads
 from fewstep.models.layer_norm import arithmetic_layer_norm
@@ -60,6 +61,7 @@ class Evaluation:
         weights: whether gradients flow into its weights.
         inputs: whether gradients flow into its first tensor.
         duals: of all that it was given, in order, whether it was moved by a forward derivative.
+        penalised: whether a loss on its gradient is differentiated once more.
     """
 
     network: nn.Module
@@ -69,6 +71,7 @@ class Evaluation:
     weights: bool
     inputs: bool
     duals: tuple[bool, ...]
+    penalised: bool = False
 
     @property
     def kind(self) -> str:
@@ -76,7 +79,8 @@ class Evaluation:
         gradient = [what for what, there in (("weights", self.weights), ("input", self.inputs)) if there]
         forward = ("heads " if isinstance(self.network, Heads) else "") + ("jvp" if self.tangent else "forward")
         forward += " to features" if self.tap is not None else ""
-        return f"{forward} + backward to {' and '.join(gradient)}" if gradient else forward
+        backward = "second derivative" if self.penalised else "backward"
+        return f"{forward} + {backward} to {' and '.join(gradient)}" if gradient else forward
 
     @property
     def tap(self) -> FeatureTap | None:
@@ -100,15 +104,23 @@ class Evaluation:
 
     def again(self) -> None:
         """The same call with the same gradients, of a plain sum."""
-        out = self.forward()
+        results = self.results()
         if self.trained:
-            torch.autograd.backward(torch.stack([one.sum() for one in out]).sum())
+            torch.autograd.backward(torch.stack([one.sum() for one in results]).sum())
             for parameter in self.network.parameters():
                 parameter.grad = None
 
-    def forward(self) -> tuple[Tensor, ...]:
-        """The call's output, or the features of it, with its graph where gradients flow."""
+    def results(self) -> tuple[Tensor, ...]:
+        """The call's output, or the features of it, with its graph where gradients flow, and a penalty's gradients."""
         args, kwargs = self._fresh(self.args), self._fresh(self.kwargs)
+        out = self._call(args, kwargs)
+        if not self.penalised:
+            return out
+        inputs = [v for v in tree_leaves((args, kwargs)) if isinstance(v, Tensor) and v.requires_grad]
+        total = torch.stack([one.sum() for one in out]).sum()
+        return *out, *(one.square() for one in torch.autograd.grad(total, inputs, create_graph=True))
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, ...]:
         setting = nullcontext() if self.setting is None else self.setting.restored()
         with setting, torch.set_grad_enabled(self.trained):
             if self.tap is not None:
@@ -182,10 +194,27 @@ def recorded(parts: Sequence[NetworkDenoiser | Heads]) -> Iterator[list[Evaluati
     modules = {id(module): module for module in (module_of(part) for part in parts)}
     handles = [module.register_forward_pre_hook(note, with_kwargs=True) for module in modules.values()]
     try:
-        yield found
+        with _penalties_noted(found):
+            yield found
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def _penalties_noted(found: list[Evaluation]) -> Iterator[None]:
+    """Inside, the call of heads whose gradient an exact penalty is about is marked: it is the latest one."""
+    exact = discriminator.r1
+
+    def noted(logits: Tensor, inputs: Tensor) -> Tensor:
+        found[-1] = replace(found[-1], penalised=True)
+        return exact(logits, inputs)
+
+    discriminator.r1 = noted
+    try:
+        yield
+    finally:
+        discriminator.r1 = exact
 
 
 def module_of(part: NetworkDenoiser | Heads) -> nn.Module:

@@ -3,9 +3,9 @@
     python -m benchmarks.step [--quick] [--json FILE] [--methods dmd2 consistency] [--networks unet dit]
 
 Both are run in turn in one process on one thread, and timed by the CPU seconds of the process, which other programs on
-the machine disturb least. Overhead is the whole step (data, noise, losses, clipping, optimizer, averages, all of it)
-over the bare work: the step's evaluations by themselves, with a plain sum as the loss, and torch's fused AdamW on the
-players that move. It is the median over pairs of the two, in changing order.
+the machine disturb least. Every repeat makes the same random draws. Overhead is the whole step (data, noise, losses,
+clipping, optimizer, averages, all of it) over the bare work: the step's evaluations by themselves, with a plain sum as
+the loss, and torch's fused AdamW on the players that move. It is the median over pairs of the two, in changing order.
 """
 
 from __future__ import annotations
@@ -43,9 +43,11 @@ from fewstep.models.heads import Heads
 from fewstep.models.load import make_denoiser
 from fewstep.models.schedule import Schedule, alphas_cumprod
 from fewstep.training.assemble import Sources, assemble
+from fewstep.training.host_memory import keep_freed_memory
 from fewstep.training.loop import TrainState, train
 
 CLASSES = 24
+STEPS = 1_000_000
 
 
 def unet(quick: bool) -> nn.Module:
@@ -121,6 +123,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7, help="pairs of a step and its bare work")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
+    keep_freed_memory()
     repeats = 1 if arguments.quick else arguments.repeats
     report = {**surroundings(), "quick": arguments.quick, "repeats": repeats, "steps": {}}
     for network in arguments.networks:
@@ -174,11 +177,11 @@ def write(path: Path, report: dict[str, object]) -> None:
 
 
 def measure(name: str, network: str, quick: bool, repeats: int) -> Iterator[tuple[str, Figures]]:
-    """The figures of each turn that the method takes in its first steps."""
+    """The figures of each turn that the method takes in its first or last steps."""
     with tempfile.TemporaryDirectory() as folder:
         state = start(name, network, quick, Path(folder))
         kinds: set[str] = set()
-        for step in range(12):
+        for step in (*range(12), *range(STEPS - 12, STEPS)):
             turn = state.method.turn(step).name
             if turn not in kinds:
                 kinds.add(turn)
@@ -189,7 +192,7 @@ def measure(name: str, network: str, quick: bool, repeats: int) -> Iterator[tupl
 def start(name: str, network: str, quick: bool, folder: Path) -> TrainState:
     """The method's image config on that network."""
     torch.manual_seed(0)
-    words = ["train.steps=1000000", f"run.dir={folder}", f"data.batch_size={2 if quick else 8}", "student.path=null"]
+    words = [f"train.steps={STEPS}", f"run.dir={folder}", f"data.batch_size={2 if quick else 8}", "student.path=null"]
     words += [f"method.pairs={_pairs(folder)}"] if registry.get(name).claims.pairs else []
     config: RunConfig = load(find(Path(f"emoji32/{name}")), words)
     table = VP(alphas_cumprod({"beta_schedule": "squaredcos_cap_v2"}))
@@ -208,7 +211,7 @@ def _pairs(folder: Path) -> str:
 
 def figures_of(state: TrainState, repeats: int) -> Figures:
     """One step kind, timed in turn with its evaluations and its optimizer."""
-    step, parts = state.step, parts_of(state)
+    step, parts, drawn = state.step, parts_of(state), state.rng.state()
     own = [module_of(part) for part in parts]
     with recorded(parts) as evaluations, saved(own) as held:
         next(train(state))
@@ -220,11 +223,13 @@ def figures_of(state: TrainState, repeats: int) -> Figures:
         next(train(state))
 
     work = (whole, lambda: [one.again() for one in evaluations], lambda: [one() for one in optimizers])
+    state.rng.restore(drawn)
     for call in work:
         call()
     rows = []
     for repeat in range(repeats):
         order = (0, 1, 2) if repeat % 2 else (1, 2, 0)
+        state.rng.restore(drawn)  # or a rollout would be of another length than the one recorded
         seconds = {i: _timed(work[i]) for i in order}
         rows.append([seconds[i] for i in range(3)])
     state.step = step
@@ -238,7 +243,7 @@ def figures_of(state: TrainState, repeats: int) -> Figures:
 def _bytes_of(evaluations: list[Evaluation], own: list[nn.Module]) -> int:
     """What their forward passes hold for the backward pass, all at once."""
     with saved(own) as held:
-        kept = [one.forward() for one in evaluations if one.trained]
+        kept = [one.results() for one in evaluations if one.trained]
     del kept
     return held[0]
 

@@ -27,6 +27,7 @@ from fewstep.models.load import Shape, load_denoiser, new_denoiser, resolve
 from fewstep.models.players import Average
 from fewstep.rng import Rng
 from fewstep.section import found
+from fewstep.training.host_memory import keep_freed_memory
 from fewstep.training.loop import TrainState
 from fewstep.training.method import Method, Setup
 from fewstep.training.networks import prepare_networks
@@ -212,6 +213,8 @@ def make_accelerator(config: RunConfig) -> Accelerator:
         torch.set_num_threads(config.train.threads)
     precision = "bf16" if config.train.precision == "bf16" else "no"
     accelerator = Accelerator(mixed_precision=precision)
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     if accelerator.distributed_type not in (DistributedType.NO, *PLAIN):
         raise UserError(f"accelerate: distributed_type {accelerator.distributed_type.value} given; give MULTI_GPU, and "
                         "train.shard=full to spread networks over the processes")  # fmt: skip
