@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Annotated, ClassVar
 
@@ -19,7 +20,7 @@ from fewstep.losses.score import Weight, distribution_matching
 from fewstep.models.adversary import Adversary
 from fewstep.models.discriminator import Judged
 from fewstep.models.players import Player
-from fewstep.models.rollout import last_estimate
+from fewstep.models.rollout import Rolled, last_estimate
 from fewstep.registry import MethodConfig
 from fewstep.rng import Rng
 from fewstep.section import Needs, Window
@@ -72,7 +73,7 @@ class SelfAdversarial(Method):
         self.sampler(config, setup.student.process, setup.steps)  # refuses more steps than the student is trained for
         self.times = setup.student.process.step_list(config.most_steps)
         self.config, self.student, self.real_score = config, setup.student, setup.guided
-        self.fake_score = setup.fake_score(config.fake_score_lora)
+        self.fake_score = replace(setup, steps=config.most_steps).fake_score(config.fake_score_lora)
         student, fake_score = Player(self.student.parameters()), Player(self.fake_score.parameters())
         self.players, self.averages, self.judge = {"student": student, "fake_score": fake_score}, {}, None
         if config.adversarial_weight:
@@ -93,16 +94,16 @@ class SelfAdversarial(Method):
     def student_loss(self, batch: Batch, rng: Rng, judged_at: Uniform) -> Terms:
         """Distribution matching of n-step samples, and the adversarial term where n < N."""
         n = 1 + rng.integer(len(self.times))
-        x_hat = last_estimate(self.student, self.times[:n], batch.x, batch.condition, rng)
-        t = judged_at(rng.uniform(len(x_hat)))
+        made = Rolled(last_estimate(self.student, self.times[:n], batch.x, batch.condition, rng), n - 1)
+        x_hat, t = made.x, judged_at(rng.uniform(len(made.x)))
         x_t = self.student.process.add_noise(x_hat.detach(), rng.normal(x_hat), t)
         with torch.no_grad():
             real = self.real_score.drawn(rng, len(x_t))(x_t, t, batch.condition)
-            fake = self.fake_score(x_t, t, batch.condition)
+            fake = self.fake_score(x_t, t, made.told(batch.condition, self.fake_score))
         losses = {"distribution_matching": distribution_matching(x_hat, fake, real, self.config.weight)}
         if self.judge is not None and n < len(self.times):
-            made, longer = Judged(x_hat, batch.condition), self._estimate(n + 1, batch, rng)
-            fooled = self.judge.fool(made, rng, longer, output=n - 1)
+            shown, longer = Judged(x_hat, batch.condition), self._estimate(n + 1, batch, rng)
+            fooled = self.judge.fool(shown, rng, longer, output=n - 1)
             losses["adversarial"] = self.config.adversarial_weight * fooled
         return Terms(losses, {"score_gap": (fake.x0 - real.x0).abs().mean()})
 
@@ -110,13 +111,14 @@ class SelfAdversarial(Method):
         """Denoising on the student's estimates, and telling n + 1 steps from n."""
         n = 1 + rng.integer(len(self.times))
         with torch.no_grad():
-            x_hat = last_estimate(self.student, self.times[:n], batch.x, batch.condition, rng)
+            made = Rolled(last_estimate(self.student, self.times[:n], batch.x, batch.condition, rng), n - 1)
+        x_hat, condition = made.x, made.told(batch.condition, self.fake_score)
         t, noise = self.all_times(rng.uniform(len(x_hat))), rng.normal(x_hat)
-        fake = self.fake_score(self.student.process.add_noise(x_hat, noise, t), t, batch.condition)
+        fake = self.fake_score(self.student.process.add_noise(x_hat, noise, t), t, condition)
         losses = {"denoising": denoising(fake, x_hat, noise, self.fake_score.kind)}
         if self.judge is not None and n < len(self.times):
-            made, longer = Judged(x_hat, batch.condition), self._estimate(n + 1, batch, rng)
-            losses |= self.judge.pay(longer, made, rng, output=n - 1)
+            shown, longer = Judged(x_hat, batch.condition), self._estimate(n + 1, batch, rng)
+            losses |= self.judge.pay(longer, shown, rng, output=n - 1)
         return Terms(losses)
 
     def _estimate(self, n: int, batch: Batch, rng: Rng) -> Judged:

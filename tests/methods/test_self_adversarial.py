@@ -15,7 +15,7 @@ from fewstep.diffusion.solvers import Sampler, sample
 from fewstep.diffusion.times import Uniform
 from fewstep.errors import UserError
 from fewstep.losses.adversarial import Adversarial
-from fewstep.models.conditioning import Condition
+from fewstep.models.conditioning import STEP, Condition
 from fewstep.models.discriminator import Discriminator, Judged
 from fewstep.models.rollout import backward_simulation, last_estimate
 from fewstep.rng import Rng
@@ -60,6 +60,21 @@ def test_the_adversarial_term_is_of_fewer_steps_than_n_only():
         assert ("adversarial" in terms.losses) is compared
         critic = method.critic_loss(batch, Scripted(steps - 1))  # pyright: ignore
         assert set(critic.losses) == {"denoising"} | ({"discriminator", "r1", "r2"} if compared else set())
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_the_fake_score_is_told_how_many_steps_made_a_sample(steps):
+    """Whatever `student.steps` is: it learns of samples of every number of steps."""
+    method = (state := begin(config(METHOD))).method
+    told: list[float] = []
+    graft = method.fake_score.graft  # pyright: ignore
+    method.fake_score.network.register_forward_pre_hook(  # pyright: ignore
+        lambda *_: told.extend(graft.scalars.values.get(STEP, torch.tensor([])).unique().tolist())
+    )
+    batch = state.next_batch()
+    method.critic_loss(batch, Scripted(steps - 1))  # pyright: ignore
+    method.student_loss(batch, Scripted(steps - 1), Uniform(Flow(), 0.02, 0.98))  # pyright: ignore
+    assert told == [steps - 1] * 2
 
 
 def test_indifferent_heads_pay_ln_2_and_a_student_that_has_arrived_gets_no_direction():
