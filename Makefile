@@ -1,6 +1,7 @@
 # Needs Python (3.11 or newer), git and make. Everything else goes into .venv.
 #   make demo    install, then the main job: distil two students, score them, export them (demo/)
 #   make test    install, then every unit test
+#   make slow    install, then the tests that take longer: about an hour and a half
 #   make lint | docs | wheel
 #   make notebooks   install, then run the notebooks on a quick demo, or on the one that FEWSTEP_DEMO names
 # PYTHON=python3.12 picks another interpreter; PIP_ARGS is handed to every pip install (an index of CPU-only torch
@@ -14,7 +15,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet $(PIP_ARGS)
 
-.PHONY: demo test lint format docs wheel notebooks clean
+.PHONY: demo test slow lint format docs wheel notebooks clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.base
@@ -23,6 +24,10 @@ demo: $(VENV)/.base
 # One thread a process: with as many processes as cores, torch's own threads would only queue for the same cores.
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 $(PYTEST_ARGS) $(TESTS)
+
+# Not in parallel: some of these tests start processes of their own, and some count time.
+slow: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m slow --durations=15 $(PYTEST_ARGS) $(TESTS)
 
 lint: $(VENV)/.docs
 	$(BIN)/ruff check

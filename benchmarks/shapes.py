@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.step import CLASSES, unet
 from fewstep.data.batch import Batch
 from fewstep.diffusion.prediction import Kind
 from fewstep.diffusion.process import VP, Flow
@@ -176,3 +177,6 @@ SHAPES: Mapping[str, Shape] = {
     "dit_xl_2": Shape(_dit, ((4, 32, 32), (4, 8, 8)), _told_dit, batch=16),
     "flux_blocks": Shape(_flux, ((1024, 64), (16, 16)), _told_flux, flow=True, batch=2, lora=32),
 }
+
+SMALL = Shape(unet, ((3, 32, 32), (3, 32, 32)), lambda size, tiny: Condition.of_labels(torch.arange(size) % CLASSES))
+"""A network of 6.8 million parameters for images of 32×32."""

@@ -1,11 +1,12 @@
 """From a text-to-image pipeline and captioned pictures to a few-step pipeline, by config alone.
 
-    python examples/text_to_image.py PIPELINE PICTURES OUT CONFIG [--size 1024] [KEY=VALUE ...]
+    python examples/text_to_image.py PIPELINE PICTURES OUT CONFIG [--size 1024] [--online] [KEY=VALUE ...]
 
 PIPELINE is a diffusers folder or hub name: SD 1.5, SDXL, SD3, FLUX, PixArt, Sana and others. PICTURES is a folder of
 images with captions (`metadata.jsonl`, or a `.txt` beside each). CONFIG is a shipped file of `configs/text_to_image/`,
 or one of yours. OUT gets `cache/`, `run/` and `pipeline/`, which `DiffusionPipeline.from_pretrained` loads. The same
-command again goes on where it was interrupted.
+command again goes on where it was interrupted. With --online there is no cache: pictures and captions are encoded while
+training, by a VAE and text encoders that rest in the host's memory.
 """
 
 from __future__ import annotations
@@ -20,9 +21,12 @@ def main() -> None:
     """Cache, train, export."""
     asked = _arguments()
     cache, run = asked.out / "cache", asked.out / "run"
-    _fewstep("cache", asked.pipeline, cache, "--data", "captions", "--path", asked.pictures, "--size", asked.size)
-    places = (f"teacher.path={asked.pipeline}", f"data.path={cache}", f"run.dir={run}")
-    _fewstep("train", asked.config, *places, *asked.changes)
+    data = (f"data.path={cache}",)
+    if asked.online:
+        data = (f"data.path={asked.pictures}", "data.name=captions", f"data.size={asked.size}", "memory.encoders=host")
+    else:
+        _fewstep("cache", asked.pipeline, cache, "--data", "captions", "--path", asked.pictures, "--size", asked.size)
+    _fewstep("train", asked.config, f"teacher.path={asked.pipeline}", f"run.dir={run}", *data, *asked.changes)
     _fewstep("export", run, asked.out / "pipeline")
 
 
@@ -34,6 +38,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("config")
     parser.add_argument("changes", nargs="*", help="of the config, as train.steps=1000")
     parser.add_argument("--size", type=int, default=1024, help="side of the pictures in pixels")
+    parser.add_argument("--online", action="store_true", help="encode while training, without a cache")
     return parser.parse_intermixed_args()
 
 

@@ -23,6 +23,8 @@ app = typer.Typer(
 
 Json = Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")]
 Dtype = Literal["float32", "bfloat16", "float16"]
+Rest = Literal["device", "host"]
+REFERENCE = "The real set: a data set's name, a folder, or a kind and its place: captions:FOLDER."
 GUIDANCE = "Scale of a teacher, or of a student that takes one; left out: off, or the middle of the student's range."
 FEATURES = "classifier, efficientnet-lite0, inception, clip:ARCH:TAG_OR_PATH, dinov2, lpips, or module:PACKAGE.ATTR."
 METRICS = "Names with commas between: fd, kid, mmd, pr, is, clip, diversity, accuracy; left out: fd,kid,accuracy."
@@ -105,19 +107,22 @@ def sample(
     beside_teacher: Annotated[bool, typer.Option("--beside-teacher", help="Also the teacher's, same noise.")] = False,
     teacher_steps: Annotated[list[int] | None, typer.Option(min=1, help="Left out: the student's, and 32.")] = None,
     trajectory: Annotated[bool, typer.Option("--trajectory", help="Every step's x0 estimate, a row each.")] = False,
+    device: Annotated[str, typer.Option(help="Where networks compute: cpu, cuda, cuda:1.")] = "cpu",
+    encoders: Annotated[Rest, typer.Option(help="Where text encoders and VAE rest between calls.")] = "device",
 ) -> None:
     """Make a grid of samples: a row for each class, prompt and seed, a column for each step count."""
     from fewstep.commands.sample import Request, run
 
     rows = tuple(classes or ()), tuple(prompt or ()), tuple(seed or ())
     teacher = beside_teacher, tuple(teacher_steps or ())
-    run(Request(source, tuple(steps or ()), *rows, guidance, size, *teacher, trajectory), out)
+    run(Request(source, tuple(steps or ()), *rows, guidance, size, *teacher, trajectory, device, encoders), out)
 
 
 @app.command()
 def evaluate(
     source: Annotated[str, typer.Argument(help="A run's folder, an export, or a teacher.")],
-    reference: Annotated[str, typer.Option(help="The real set: a data set's name, or a folder.")] = "emoji32",
+    reference: Annotated[str, typer.Option(help=REFERENCE)] = "emoji32",
+    prompts: Annotated[Path | None, typer.Option(help="One a line; left out: the reference's captions.")] = None,
     features: Annotated[str, typer.Option(help=FEATURES)] = "classifier",
     metrics: Annotated[str | None, typer.Option(help=METRICS)] = None,
     samples: Annotated[int, typer.Option(min=2, help="Images on each side.")] = 1000,
@@ -128,11 +133,15 @@ def evaluate(
     fd_infinity: Annotated[bool, typer.Option("--fd-infinity", help="Extrapolate fd to any number of images.")] = False,
     samples_dir: Annotated[Path | None, typer.Option(help="Keep the images here; a killed run goes on.")] = None,
     png: Annotated[Path | None, typer.Option(help="Write the images here as PNG, and measure the files.")] = None,
+    size: Annotated[int | None, typer.Option(min=8, help="Side in pixels, of pipelines of latents.")] = None,
+    device: Annotated[str, typer.Option(help="Where networks compute: cpu, cuda, cuda:1.")] = "cpu",
+    encoders: Annotated[Rest, typer.Option(help="Where text encoders and VAE rest between calls.")] = "device",
     compare: Annotated[Path | None, typer.Option(help="An earlier --json file; refused where it cannot be.")] = None,
     cache: Annotated[bool, typer.Option(help="Keep the features of real images in FEWSTEP_CACHE.")] = True,
     json: Json = None,
 ) -> None:
     """Distances of a source's samples from real ones, and other figures. Also under `accelerate launch -m fewstep`."""
+    from fewstep.commands.elsewhere import Place
     from fewstep.commands.evaluate import Request, run
     from fewstep.evaluation.cache import cache_folder
 
@@ -140,6 +149,7 @@ def evaluate(
         source, reference, features, samples, steps, guidance, batch_size, seed,
         metrics=None if metrics is None else tuple(word.strip() for word in metrics.split(",")),
         fd_infinity=fd_infinity, cache=cache_folder() if cache else None, samples_dir=samples_dir, png=png,
+        prompts=prompts, size=size, place=Place.named(device, encoders),
     )  # fmt: skip
     run(request, json, compare)
 
@@ -219,13 +229,14 @@ def cache(
     batch: Annotated[int, typer.Option(min=1, help="Images or prompts that are encoded at a time.")] = 16,
     shard_size: Annotated[int, typer.Option(min=1, help="Samples in a file.")] = 1000,
     dtype: Annotated[Dtype, typer.Option(help="Of latents and embeddings in the files.")] = "float32",
+    encoders: Annotated[Rest, typer.Option(help="Where they rest between batches.")] = "device",
     seed: Seed = 0,
 ) -> None:
     """Store latents and prompt embeddings, to train without VAE and text encoder. Also under `accelerate launch`."""
     from fewstep.commands.cache import Request, run
 
     options = tuple(option or ())
-    run(Request(teacher, out, data, path, size, options, samples, seed, flip, batch, shard_size, dtype))
+    run(Request(teacher, out, data, path, size, options, samples, seed, flip, batch, shard_size, dtype, encoders))
 
 
 @app.command()

@@ -141,6 +141,9 @@ class Data(Section):
     """Loader processes; 0 loads in the training process."""
     options: dict[str, Any] = Field(default_factory=dict)
     """Further arguments of the set."""
+    latents: Literal["mode", "drawn"] = "mode"
+    """Of pictures that the run encodes itself: the mode of the VAE's posterior, which a cache holds too, or a draw from
+    it, another one each time a picture is seen."""
 
 
 class PlayerOptim(Section):
@@ -183,14 +186,18 @@ class Train(Section):
     """Optimizer steps of the whole run."""
     accumulate: int = Field(default=1, ge=1)
     """Micro-batches per optimizer step."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Compute precision of the networks; weights, times and losses stay float32."""
+    precision: Literal["fp32", "bf16", "bf16_weights"] = "fp32"
+    """What networks compute in: float32, or bfloat16 by mixed precision. `bf16` keeps weights and moments in float32;
+    `bf16_weights` keeps those of linear layers and convolutions in bfloat16 and rounds their updates stochastically.
+    Times, losses, averages, norms and adapters stay float32."""
     shard: Literal["none", "full"] = "none"
     """How networks lie in several processes: `none` gives each all weights, moments and averages, `full` a part of
     them, gathered block by block where it computes (FSDP2). Alone, a process has all of them either way."""
-    compile: Literal["none", "blocks", "whole"] = "none"
-    """torch.compile of the networks: each block on its own, which is quick to compile, or the network as one."""
-    compile_players: dict[str, Literal["none", "blocks", "whole"]] = Field(default_factory=dict)
+    compile: Literal["none", "blocks", "whole", "graphs"] = "none"
+    """torch.compile of the networks: each block on its own, which is quick to compile, or the network as one. `graphs`
+    is the latter replayed by CUDA as one graph, for networks so small that the host cannot start their kernels in
+    time."""
+    compile_players: dict[str, Literal["none", "blocks", "whole", "graphs"]] = Field(default_factory=dict)
     """Overrides by player, and for the frozen `teacher`: `compile_players.teacher=whole`."""
     ema: float = Field(default=0.999, ge=0, lt=1)
     """Decay of the averaged student that is sampled and exported."""
@@ -204,6 +211,8 @@ class Train(Section):
     """Steps between lines of `log.jsonl`."""
     sample_every: int = Field(default=500, ge=0)
     """Steps between sample grids; 0 makes none."""
+    sample_prompts: Annotated[tuple[str, ...], Needs("sample_every")] = ()
+    """Prompts of the grids of a text-to-image run, a row each; none: the first four captions of the data."""
     max_bad_steps: int = Field(default=20, ge=1)
     """Optimizer steps of one player that may follow each other with a gradient that is not finite. Such a step changes
     nothing; after so many the run stops. Looked at every `log_every` steps."""
@@ -213,6 +222,11 @@ class Train(Section):
     """CPU threads of torch; None leaves torch's choice."""
     trackers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] | None = None
     """Where the lines of `log.jsonl` go besides: any of these. None: to TensorBoard, where it is installed."""
+
+    @property
+    def compile_modes(self) -> set[str]:
+        """How networks are compiled, all ways that are asked for."""
+        return {self.compile, *self.compile_players.values()}
 
 
 class Memory(Section):
@@ -227,6 +241,9 @@ class Memory(Section):
     """How the frozen teacher's weights are kept between calls; each layer computes with float32 copies."""
     offload: bool = False
     """Whether optimizer moments, averages and networks that a turn does not use wait in the host's memory."""
+    encoders: Literal["device", "host"] = "device"
+    """Where a run's VAE and text encoders rest: `host` brings them to the device one at a time, while they encode or
+    decode a batch."""
 
 
 class RunConfig(Section):

@@ -51,6 +51,10 @@ class Rng:
         """One integer in [0, high) for the whole global batch, drawn on the host: no synchronisation."""
         return int(torch.randint(high, (), generator=self._host))
 
+    def fork(self, own: bool = False) -> torch.Generator:
+        """A stream of its own on the device, its seed drawn on the host: the same in every process, or each another."""
+        return torch.Generator(self.device).manual_seed(self.integer(2**62) + (self._rank + 1 if own else 0))
+
     def rows(self, high: int, batch: int) -> Tensor:
         """`(B,)` int64 on the host: rows of a stored set of `high`, drawn with replacement."""
         return self._own(torch.randint(high, (batch * self._world,), generator=self._host))

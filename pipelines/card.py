@@ -26,6 +26,9 @@ class CardFacts:
         metrics: measured figures by name, or groups of them.
         license: of the teacher, by its identifier; None where it is not stated.
         guidance: the scale to sample with; 1, off, for a student.
+        few_step: whether it was made for its sampler's number of steps; None: not known.
+        teaches: whether it may be another run's teacher: it answers at every time.
+        guided: whether it has learnt the guided teacher's prediction, in one evaluation a step.
     """
 
     method: str
@@ -36,6 +39,9 @@ class CardFacts:
     metrics: Mapping[str, Any] = field(default_factory=dict)
     license: str | None = None
     guidance: float = 1.0
+    few_step: bool | None = None
+    teaches: bool = True
+    guided: bool = False
 
 
 def license_of(folder: Path | None) -> str | None:
@@ -138,7 +144,7 @@ def _summary(facts: CardFacts, manifest: Manifest) -> str:
 
 
 def _sampling(manifest: Manifest, contract: Contract) -> str:
-    name = "Sigmas" if contract.flow else "Timesteps"
+    name = "Timesteps" if contract.space == "table" else "Sigmas"
     times = [int(t) if t == int(t) else round(t, 6) for t in contract.values]
     off = " (off)" if manifest.guidance == 1 else ""
     return "\n".join(

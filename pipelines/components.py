@@ -12,6 +12,7 @@ from fewstep.diffusion.solvers import Sampler
 from fewstep.models.denoiser import NetworkDenoiser
 
 from .merge import exported_network, store_weights_as
+from .pixel_vae import PixelVAE
 from .plan import Form, Plan
 
 _INDEX = "model_index.json"
@@ -35,6 +36,9 @@ def write_components(
         component: _entry(type(network)),
         "scheduler": _entry(plan.scheduler),
     }
+    if plan.recipe.pixels:
+        PixelVAE().save_pretrained(folder / "vae", safe_serialization=True)
+        own["vae"] = _entry(PixelVAE)
     others = _others(plan, own)
     absent = [name for name, entry in others.items() if lacks(plan, name, entry)]
     for name in others:

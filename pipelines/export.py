@@ -10,7 +10,8 @@ from fewstep import __version__, registry
 from fewstep.diffusion.solvers import Sampler
 from fewstep.models.denoiser import NetworkDenoiser
 from fewstep.models.guidance_input import middle
-from fewstep.models.load import resolve
+from fewstep.models.load import pipeline_folder, resolve
+from fewstep.models.schedule import schedule_words
 from fewstep.training.finished import load_run
 
 from .card import CardFacts, card, license_of
@@ -48,15 +49,19 @@ def export_run(
     """
     finished = load_run(run_dir)
     config = finished.config
-    folder = resolve(config.teacher.path) if config.teacher.path else None
+    folder = pipeline_folder(resolve(config.teacher.path)) if config.teacher.path else None
+    method = registry.get(config.method.name)
     facts = CardFacts(
         method=config.method.name,
-        paper=registry.get(config.method.name).paper,
+        paper=method.paper,
         teacher=config.teacher.path,
         config=config.model_dump(mode="json"),
         classes=finished.classes,
         metrics=metrics or {},
         license=license_of(folder),
+        few_step=finished.few_step,
+        teaches=not finished.few_step or method.claims.guided or method.claims.follows_ode,
+        guided=method.claims.guided,
     )
     student = as_stored(finished.student, form)
     export_student(student, finished.sampler, folder, out, facts, form)
@@ -110,6 +115,11 @@ def _manifest(
         call=plan.call,
         sampler=sampler,
         guidance=facts.guidance if ranged is None else middle(ranged),
+        guidance_range=ranged,
+        few_step=facts.few_step,
+        teaches=facts.teaches,
+        guided=facts.guided,
+        schedule=schedule_words(student.process, student.preconditioning),
         labelled=student.null is not None and student.null.labels is not None,
         classes=facts.classes,
         missing=missing,

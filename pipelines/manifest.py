@@ -10,8 +10,9 @@ from typing import Any
 
 from fewstep.diffusion.solvers import Sampler
 from fewstep.errors import UserError
+from fewstep.models.exported import MANIFEST
 
-NAME = "fewstep.json"
+NAME = MANIFEST
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,11 @@ class Manifest:
         component: the name of its network; here and below, empty in exports older than the field.
         scheduler: the scheduler's class, with its module.
         guidance: the scale it is sampled with; 1, off, for a student.
+        guidance_range: the scales that its network takes as an input; None: it takes none.
+        few_step: whether it was made for this sampler's number of steps; None in exports older than the field.
+        teaches: whether it may be another run's teacher: at every time it predicts what an ODE's solver wants to know.
+        guided: whether it has learnt the guided teacher's prediction, in one evaluation a step.
+        schedule: its process in the words of a scheduler's config, where the scheduler keeps the steps but no shift.
         labelled: whether it takes class labels.
         classes: names of the classes by number; empty where there are none or they are not known.
         missing: components that the pipeline wants and the folder lacks; they load as None.
@@ -41,6 +47,11 @@ class Manifest:
     component: str = ""
     scheduler: str = ""
     guidance: float = 1.0
+    guidance_range: tuple[float, float] | None = None
+    few_step: bool | None = None
+    teaches: bool = True
+    guided: bool = False
+    schedule: Mapping[str, Any] = field(default_factory=dict)
     labelled: bool = False
     classes: tuple[str, ...] = ()
     missing: tuple[str, ...] = ()
@@ -77,6 +88,8 @@ def read_manifest(folder: Path) -> Manifest:
         values = older | json.loads((folder / NAME).read_text())
         sampler = Sampler(tuple(values["sampler"]["times"]), values["sampler"]["kind"])
         lists = {key: tuple(values[key]) for key in ("classes", "missing", "own") if key in values}
-        return Manifest(**{**values, **lists, "sampler": sampler})
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        ends = values.get("guidance_range")
+        ranged = None if ends is None else (float(ends[0]), float(ends[1]))
+        return Manifest(**{**values, **lists, "sampler": sampler, "guidance_range": ranged})
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise UserError(f"{folder / NAME}: missing or damaged; export the run again") from error

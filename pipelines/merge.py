@@ -15,9 +15,10 @@ from fewstep.models.families import scheduler_time
 from fewstep.models.graft import Graft, GraftedEmbedding, ScalarEmbedding
 from fewstep.models.guidance_input import middle
 from fewstep.models.lora import BASE, Adapters, without_adapters
+from fewstep.models.stored_injection import injection_facts, injection_of
+from fewstep.models.stored_inputs import FACTS, moved_names, renamed
 
-from .injected import injection_facts, injection_of
-from .networks import FACTS, INPUTS, class_of, places
+from .networks import class_of
 from .plan import Form
 
 
@@ -45,15 +46,9 @@ def exported_network(student: NetworkDenoiser, sampler: Sampler) -> Any:
         return network
     facts = _facts(student, sampler, network)
     made = class_of(type(network).__name__).from_config({**network.config, FACTS: facts})
-    # The names that added embeddings have beside each time embedding, and those that they get in one place.
-    moved = {f"{path}.second.{name}.": f"{INPUTS}.{name}.{i}." for i, path in enumerate(places(made))
-             for name in facts.get("inputs", ())}  # fmt: skip
-    made.load_state_dict({_renamed(key, moved): value for key, value in network.state_dict().items()})
+    moved = {inside: in_file for in_file, inside in moved_names(made, student.family, facts).items()}
+    made.load_state_dict({renamed(key, moved): value for key, value in network.state_dict().items()})
     return made.eval().requires_grad_(False)
-
-
-def _renamed(key: str, moved: dict[str, str]) -> str:
-    return next((new + key.removeprefix(old) for old, new in moved.items() if key.startswith(old)), key)
 
 
 def _facts(student: NetworkDenoiser, sampler: Sampler, network: nn.Module) -> dict[str, Any]:
@@ -64,11 +59,11 @@ def _facts(student: NetworkDenoiser, sampler: Sampler, network: nn.Module) -> di
         facts |= {"guidance_range": list(student.guidance_range), "guidance_scale": scale}
     injection = injection_of(network)
     if injection is not None:
-        return {**facts, "injection": injection_facts(injection)}
+        facts["injection"] = injection_facts(injection)
     embeddings = {
         name: one for m in network.modules() if isinstance(m, GraftedEmbedding) for name, one in m.second.items()
     }
-    facts["inputs"] = {name: _unit(embeddings[name]) for name in student.graft.names}
+    facts["inputs"] = {name: _unit(embeddings[name]) for name in student.graft.names if name in embeddings}
     if SPAN in student.graft.names:
         t = torch.tensor(sampler.times, dtype=torch.float32)
         facts |= {"times": _heard(student, t).tolist(), "spans": _spans(student, t).tolist()}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,14 +22,9 @@ from fewstep.models.conditioning import SPAN
 from fewstep.models.families import FAMILIES, Family, family_of
 from fewstep.models.graft import Graft, added_embedding
 from fewstep.models.guidance_input import GUIDANCE
+from fewstep.models.stored_injection import add_injection
+from fewstep.models.stored_inputs import FACTS, INPUTS, PREFIX, places
 
-from .injected import add_injection
-
-PREFIX = "FewStep"
-FACTS = "fewstep"
-"""The key of a config with what is added."""
-INPUTS = "fewstep_inputs"
-"""The sub-module with the embeddings of added inputs."""
 _NEAR = 5e-3  # what half precision does to a time; the steps of a student lie further apart
 
 
@@ -99,24 +95,19 @@ def _add_inputs(network: Any, facts: Mapping[str, Any]) -> None:
     """Add what `facts` say to a network of one of the classes here, in place, and keep them in its config."""
     network.register_to_config(**{FACTS: dict(facts)})
     network.facts, network._guidance_scale = facts, facts.get("guidance_scale")
-    if "injection" in facts:
-        network.graft = add_injection(network, network.family, facts["injection"])
-        return
-    network.graft = Graft(tuple(facts["inputs"]))
+    inside = add_injection(network, network.family, facts["injection"]) if "injection" in facts else Graft()
+    inputs = facts.get("inputs", {})
+    network.graft = replace(inside, names=(*inside.names, *inputs))
     added = nn.ModuleDict()
-    for name, unit in facts["inputs"].items():
+    for name, unit in inputs.items():
         embeddings = nn.ModuleList()
-        for path in places(network):
+        for path in places(network, network.family):
             embedding = added_embedding(network.get_submodule(path), unit)
             network.get_submodule(path).register_forward_hook(partial(_sum, network.graft, name, embedding))
             embeddings.append(embedding)
         added[name] = embeddings
-    network.add_module(INPUTS, added)
-
-
-def places(network: Any) -> list[str]:
-    """The modules whose output the inputs are added to."""
-    return [path for path, _ in network.named_modules() if path.rpartition(".")[2] == network.family.time_embedding]
+    if inputs:
+        network.add_module(INPUTS, added)
 
 
 def _sum(graft: Graft, name: str, embedding: nn.Module, _module: nn.Module, _args: Any, output: Tensor) -> Tensor:

@@ -13,12 +13,14 @@ import torch
 from fewstep.diffusion.solvers import Sampler
 from fewstep.errors import UserError
 from fewstep.models.denoiser import NetworkDenoiser
-from fewstep.models.guidance_input import middle
+from fewstep.models.guidance_input import GUIDANCE, middle
 from fewstep.models.lora import BASE
+from fewstep.models.schedule import Schedule
 
 from .networks import class_of
+from .pixel_vae import PixelVAE
 from .recipes import Recipe, recipe_of
-from .schedulers import Contract, contract_of
+from .schedulers import Contract, contract_of, own_contract_of
 
 _INDEX = "model_index.json"
 
@@ -71,7 +73,10 @@ def plan_of(student: NetworkDenoiser, sampler: Sampler, teacher_folder: Path | N
     index = _read(teacher_folder / _INDEX) if teacher_folder else {}
     recipe = recipe_of(student, index.get("_class_name"))
     config = _read(teacher_folder / "scheduler" / "scheduler_config.json") if teacher_folder else {}
-    contract = recipe.settle(contract_of(student.process, student.kind, sampler, config), sampler)
+    schedule = Schedule(student.process, student.kind, student.preconditioning)
+    contract = contract_of(schedule, sampler, config)
+    if not recipe.serves(contract):
+        contract = own_contract_of(schedule, sampler, config)
     if form.lora:
         _refuse_lora(student, recipe)
     return Plan(recipe, contract, {**recipe.call(contract), **_scale(student)}, teacher_folder, index)
@@ -81,7 +86,11 @@ def own_classes(student: NetworkDenoiser, plan: Plan) -> tuple[str, ...]:
     """The classes of fewstep that the export names, with their modules."""
     network = (class_of(type(student.network).__name__),) if student.graft.names else ()
     scheduler = (plan.scheduler,) if plan.contract.own else ()
-    return tuple(dotted(cls) for cls in (*network, *scheduler))
+    pixels = (PixelVAE,) if plan.recipe.pixels else ()
+    replaced = (student.family.component, "scheduler")
+    parts = [entry for name, entry in plan.teacher_index.items() if isinstance(entry, list) and name not in replaced]
+    kept = [f"{module}.{name}" for module, name in parts if str(module).startswith("fewstep.")]
+    return (*(dotted(cls) for cls in (*network, *scheduler, *pixels)), *kept)
 
 
 def dotted(cls: type) -> str:
@@ -103,8 +112,8 @@ def _refuse_lora(student: NetworkDenoiser, recipe: Recipe) -> None:
         )
     if not recipe.lora:
         raise UserError(f"--lora: {recipe.pipeline} loads no adapters; leave it out, and they are added to the weights")
-    if student.graft.names:
-        inputs = ", ".join(student.graft.names)
+    if student.graft.own or student.graft.names:
+        inputs = ", ".join(student.graft.names) or GUIDANCE
         raise UserError(
             f"--lora: beside its adapters the student has an input ({inputs}) of its own, for which a file of adapters "
             "has no place; leave it out"

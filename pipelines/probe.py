@@ -18,9 +18,7 @@ from fewstep.models.denoiser import NetworkDenoiser
 from fewstep.models.guidance_input import GUIDANCE, middle
 from fewstep.models.load import resolve
 
-from .flow_scheduler import FlowGridScheduler
 from .manifest import Manifest, modules
-from .plan import dotted
 from .recipes import RECIPES
 
 
@@ -106,7 +104,7 @@ class Answer:
         generator = torch.Generator()
         if RECIPES[manifest.pipeline].seeded:
             generator.set_state(self.generator)
-        elif dotted(FlowGridScheduler) in manifest.own:
+        elif manifest.scheduler in manifest.own:
             generator.manual_seed(0)
         else:
             generator.set_state(self.everywhere)
@@ -119,7 +117,8 @@ class Answer:
         if GUIDANCE in student.graft.names and student.guidance_range is not None:
             scale = torch.full((len(self.noise),), middle(student.guidance_range))
             condition = condition.with_scalar(GUIDANCE, scale)
-        return sample(student, sampler, self.noise, condition, self.renoising(manifest))
+        unit = student.process.prior(torch.ones(()), sampler.times[0])
+        return sample(student, sampler, self.noise / unit, condition, self.renoising(manifest))
 
 
 def _value(told: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Any:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fewstep.diffusion.process import Flow
-from fewstep.diffusion.solvers import Sampler
 from fewstep.errors import UserError
 from fewstep.models.denoiser import NetworkDenoiser
 
-from .schedulers import Contract, on_own_grid
+from .schedulers import Contract
+from .scm_scheduler import angle
 
 Shape = Callable[[Mapping[str, Any]], tuple[int, ...]]
 """The shape of one sample's embedding, from the network's config."""
@@ -38,8 +39,10 @@ class Recipe:
         sized: whether it is told the batch size.
         raw: how it is asked for plain tensors, of a small sample where it is told the size.
         flow: whether diffusers' own flow schedulers run in it.
+        scaled: whether it scales its first noise and the network's input as the scheduler says, which EDM needs.
         lora: whether it loads files of adapters.
         output: what its result calls the pictures.
+        pixels: whether the VAE that it decodes with is fewstep's, which leaves pixels as they are.
     """
 
     pipeline: str
@@ -52,32 +55,32 @@ class Recipe:
     sized: bool = False
     raw: Mapping[str, Any] = field(default_factory=dict)
     flow: bool = True
+    scaled: bool = False
     lora: bool = False
     output: str = "images"
+    pixels: bool = False
 
-    def settle(self, contract: Contract, sampler: Sampler) -> Contract:
-        """The contract, or that of fewstep's own scheduler where no flow scheduler of diffusers would keep the steps.
+    def serves(self, contract: Contract) -> bool:
+        """Whether the contract's scheduler keeps its steps here: by their number, or by a list that can be passed.
 
         Raises:
-            UserError: the steps are no scheduler's own and the pipeline takes no list of them.
+            UserError: EDM's noise, which the pipeline would not scale.
         """
+        if contract.space == "edm" and not self.scaled:
+            raise UserError(f"export: {self.pipeline} does not scale its noise, as EDM's preconditioning needs it")
         told = contract.by_number or contract.argument in self.lists
-        if contract.flow and not (told and self.flow):
-            return on_own_grid(sampler)
-        if not told:
-            name, steps = type(contract.scheduler).__name__, len(contract.values)
-            raise UserError(
-                f"export: {self.pipeline} takes no {contract.argument}, and the own grid of {name} in {steps} steps is "
-                f"not the student's {list(contract.values)}; 1, 2, 4, 5 or 8 steps on an unshifted grid can leave"
-            )
-        return contract
+        return told and (self.flow or contract.own or contract.space != "flow")
 
     def call(self, contract: Contract) -> dict[str, Any]:
         """The arguments that make the pipeline take the contract's steps, guidance off."""
         if contract.argument == "timesteps":
             return {"num_inference_steps": None, "timesteps": [int(t) for t in contract.values], **self.fixed}
-        sigmas = {"sigmas": list(contract.values)} if contract.argument == "sigmas" else {}
-        return {"num_inference_steps": len(contract.values), **sigmas, **self.fixed}
+        told: dict[str, Any] = {}
+        if contract.argument == "sigmas":
+            told = {"sigmas": list(contract.values)}
+        elif contract.argument == "intermediate_timesteps":
+            told = {"intermediate_timesteps": angle(contract.values[1])}
+        return {"num_inference_steps": len(contract.values), **self.fixed, **told}
 
 
 def _tokens(key: str) -> Shape:
@@ -86,6 +89,10 @@ def _tokens(key: str) -> Shape:
 
 def _vector(key: str) -> Shape:
     return lambda config: (config[key],)
+
+
+def _whole_text(config: Mapping[str, Any]) -> tuple[int, ...]:
+    return config["max_text_seq_length"], config["text_embed_dim"]
 
 
 def _mask(config: Mapping[str, Any]) -> tuple[int, ...]:
@@ -114,17 +121,30 @@ _CROSS = {"prompt_embeds": _tokens("cross_attention_dim")}
 RECIPES = {
     recipe.pipeline: recipe
     for recipe in (
-        Recipe("ConsistencyModelPipeline", _CLASSES, ("timesteps",), sized=True, raw=_PIXELS, flow=False),
+        Recipe("ConsistencyModelPipeline", _CLASSES, ("timesteps",), sized=True, raw=_PIXELS, flow=False, scaled=True),
         Recipe("DDPMPipeline", _CLASSES, sized=True, raw=_PIXELS),
         Recipe("DiTPipeline", _CLASSES, fixed={"guidance_scale": 1.0}, seeded=False, raw=_PIXELS),
-        _prompted("StableDiffusionPipeline", _CROSS, "timesteps"),
-        _prompted("StableDiffusionXLPipeline", {**_CROSS, "pooled_prompt_embeds": _sdxl_pooled}, "timesteps"),
-        _prompted("PixArtSigmaPipeline", _CAPTIONS, "timesteps", told=_AS_TOLD, lora=False),
+        _prompted("StableDiffusionPipeline", _CROSS, "timesteps", scaled=True),
+        _prompted(
+            "StableDiffusionXLPipeline", {**_CROSS, "pooled_prompt_embeds": _sdxl_pooled}, "timesteps", scaled=True
+        ),
+        *(
+            _prompted(name, _CAPTIONS, "timesteps", told=_AS_TOLD, lora=False, scaled=True)
+            for name in ("PixArtAlphaPipeline", "PixArtSigmaPipeline")
+        ),
         _prompted("StableDiffusion3Pipeline", _JOINT, "sigmas", seeded=False),
         # Its scale goes to the network, where that takes one; it never guides by two evaluations unless asked to.
         _prompted("FluxPipeline", _JOINT, "sigmas", seeded=False, fixed={}),
+        _prompted("Flux2Pipeline", {"prompt_embeds": _tokens("joint_attention_dim")}, "sigmas", seeded=False, fixed={}),
         _prompted("Flux2KleinPipeline", {"prompt_embeds": _tokens("joint_attention_dim")}, "sigmas", seeded=False),
         _prompted("SanaPipeline", _CAPTIONS, "timesteps", "sigmas", told=_AS_TOLD),
+        _prompted(
+            "SanaSprintPipeline",
+            _CAPTIONS,
+            "intermediate_timesteps",
+            told=_AS_TOLD,
+            fixed={"max_timesteps": math.pi / 2, "intermediate_timesteps": None},
+        ),
         _prompted(
             "Lumina2Pipeline",
             {"prompt_embeds": _tokens("cap_feat_dim"), "prompt_attention_mask": _mask},
@@ -146,12 +166,33 @@ RECIPES = {
             told={**_SMALL, "num_frames": 5},
             output="frames",
         ),
+        _prompted(
+            "QwenImagePipeline",
+            {"prompt_embeds": _tokens("joint_attention_dim"), "prompt_embeds_mask": _mask},
+            "sigmas",
+            seeded=False,
+            fixed={"true_cfg_scale": 1.0},
+        ),
+        _prompted(
+            "CogVideoXPipeline",
+            {"prompt_embeds": _whole_text},
+            "timesteps",
+            tag="text-to-video",
+            told={**_SMALL, "num_frames": 5},
+            output="frames",
+        ),
     )
 }
 
 
+def _makes_pixels(student: NetworkDenoiser) -> bool:
+    """Whether it is a transformer of classes alone whose samples are pictures."""
+    network: Any = student.network
+    return type(network).__name__ == "DiTTransformer2DModel" and network.config["in_channels"] in (1, 3)
+
+
 def recipe_of(student: NetworkDenoiser, teacher_pipeline: str | None) -> Recipe:
-    """The pipeline that runs the student: diffusers' own for pixel UNets, the teacher's for all others.
+    """The pipeline that runs the student: diffusers' own for networks of pixels, the teacher's for all others.
 
     Raises:
         UserError: there is no such pipeline, or fewstep does not know how it is called.
@@ -159,6 +200,8 @@ def recipe_of(student: NetworkDenoiser, teacher_pipeline: str | None) -> Recipe:
     if type(student.network).__name__ == "UNet2DModel":
         plain = isinstance(student.process, Flow) and student.null is None
         return RECIPES["DDPMPipeline" if plain else "ConsistencyModelPipeline"]
+    if teacher_pipeline is None and _makes_pixels(student):
+        return replace(RECIPES["DiTPipeline"], pixels=True)
     if teacher_pipeline is None:
         raise UserError(
             f"export: {type(student.network).__name__} leaves in its teacher's pipeline, and no teacher is given"

@@ -79,7 +79,7 @@ def make_samples(export: Path, work: Path) -> None:
     told = json.loads((work / "call.json").read_text())
     for module in told["imports"]:
         importlib.import_module(module)
-    pipeline: Any = DiffusionPipeline.from_pretrained(told["base"] or export, dtype=torch.float32,
+    pipeline: Any = DiffusionPipeline.from_pretrained(told["base"] or export, dtype=torch.float32, use_safetensors=True,
                                                       **dict.fromkeys(told["missing"]))  # fmt: skip
     if told["base"]:
         pipeline.load_lora_weights(export, weight_name=told["adapters"])

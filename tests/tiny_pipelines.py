@@ -26,6 +26,8 @@ from transformers import (
     Gemma2Config,
     Gemma2Model,
     GemmaTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
@@ -63,9 +65,9 @@ def gemma_tokenizer() -> GemmaTokenizer:
     return GemmaTokenizer(vocab={word: i for i, word in enumerate(words)}, merges=[], model_max_length=512)
 
 
-def qwen_tokenizer() -> Qwen2Tokenizer:
-    """One token a byte, with a chat template."""
-    marks = ["<|im_start|>", "<|im_end|>"]
+def qwen_tokenizer(*more: str) -> Qwen2Tokenizer:
+    """One token a byte, or for the whole of each of `more`, with a chat template."""
+    marks = ["<|im_start|>", "<|im_end|>", *more]
     words = [*sorted(ByteLevel.alphabet()), "<|endoftext|>", *marks]
     vocabulary = {word: i for i, word in enumerate(words)}
     made = Qwen2Tokenizer(vocab=vocabulary, merges=[], model_max_length=1024, additional_special_tokens=marks)
@@ -101,6 +103,15 @@ def qwen_text(tokenizer: Qwen2Tokenizer, layers: int, causal: bool) -> nn.Module
     sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": layers, "head_dim": 8}
     sizes |= {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": len(tokenizer)}
     return (Qwen3ForCausalLM if causal else Qwen3Model)(Qwen3Config(**sizes, max_position_embeddings=1024))
+
+
+def qwen_vl_text(tokenizer: Qwen2Tokenizer, width: int = 32) -> nn.Module:
+    """Text embeddings `(B, L, width)`; it could see, too."""
+    sizes: dict[str, Any] = {"hidden_size": width, "intermediate_size": 32, "num_hidden_layers": 2}
+    text = {**sizes, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": len(tokenizer),
+            "rope_parameters": {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10000.0}}  # fmt: skip
+    seen = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": width}
+    return Qwen2_5_VLForConditionalGeneration(Qwen2_5_VLConfig(text_config=text, vision_config=seen))
 
 
 def vae(scale: float = 0.18215, shift: float | None = None, levels: int = 2) -> AutoencoderKL:
@@ -225,6 +236,14 @@ def sana() -> DiffusionPipeline:
         transformer=network, scheduler=_flow(shift=3.0))  # fmt: skip
 
 
+def sana_sprint() -> DiffusionPipeline:
+    """Sana that is told a guidance scale; its scheduler counts in angles, so that it is not one of `PIPELINES`."""
+    made: Any = sana()
+    network = type(made.transformer).from_config(made.transformer.config, guidance_embeds=True)
+    return library.SanaSprintPipeline(tokenizer=made.tokenizer, text_encoder=made.text_encoder, vae=made.vae,
+        transformer=network, scheduler=library.SCMScheduler())  # fmt: skip
+
+
 def wan() -> DiffusionPipeline:
     """Video latents `(B, 16, (frames + 3)/4, side/8, side/8)`."""
     network = library.WanTransformer3DModel(patch_size=(1, 2, 2), num_attention_heads=2, attention_head_dim=12,
@@ -275,10 +294,52 @@ def flux2_klein() -> DiffusionPipeline:
         text_encoder=qwen_text(tokenizer, 27, causal=True), tokenizer=tokenizer, transformer=network)  # fmt: skip
 
 
+_ASKED = (
+    "system\nDescribe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships of "
+    "the objects and background:"
+)
+
+
+def qwen() -> DiffusionPipeline:
+    """Packed latents `(B, (side/16)², 16)`, dynamic shift; its words before a prompt are 34 tokens, which it counts."""
+    network = library.QwenImageTransformer2DModel(patch_size=2, in_channels=16, out_channels=4, num_layers=2,
+        attention_head_dim=16, num_attention_heads=3, joint_attention_dim=32, axes_dims_rope=(8, 4, 4))  # fmt: skip
+    autoencoder = library.AutoencoderKLQwenImage(base_dim=3, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
+        temperal_downsample=[False, True, True], latents_mean=[0.1] * 4, latents_std=[0.9] * 4)  # fmt: skip
+    tokenizer = qwen_tokenizer(_ASKED[24:])
+    return library.QwenImagePipeline(scheduler=_flow(use_dynamic_shifting=True), vae=autoencoder, tokenizer=tokenizer,
+        text_encoder=qwen_vl_text(tokenizer), transformer=network)  # fmt: skip
+
+
+def cogvideox() -> DiffusionPipeline:
+    """Video latents `(B, (frames + 3)/4, 4, side/2, side/2)`, rotary positions, v on a table with a pure-noise end."""
+    network = library.CogVideoXTransformer3DModel(num_attention_heads=2, attention_head_dim=16, in_channels=4,
+        out_channels=4, time_embed_dim=8, text_embed_dim=32, num_layers=2, sample_width=8, sample_height=8,
+        sample_frames=9, max_text_seq_length=24, use_rotary_positional_embeddings=True)  # fmt: skip
+    autoencoder = library.AutoencoderKLCogVideoX(down_block_types=("CogVideoXDownBlock3D",) * 2,
+        up_block_types=("CogVideoXUpBlock3D",) * 2, block_out_channels=(8, 8), latent_channels=4, layers_per_block=1,
+        norm_num_groups=2, temporal_compression_ratio=4, scaling_factor=0.7)  # fmt: skip
+    tokenizer = t5_tokenizer()
+    scheduler = library.CogVideoXDDIMScheduler(prediction_type="v_prediction", snr_shift_scale=1.0,
+                                               rescale_betas_zero_snr=True, timestep_spacing="trailing")  # fmt: skip
+    return library.CogVideoXPipeline(tokenizer=tokenizer, text_encoder=t5_text(tokenizer), vae=autoencoder,
+        transformer=network, scheduler=scheduler)  # fmt: skip
+
+
+def playground() -> DiffusionPipeline:
+    """SDXL with EDM's preconditioning."""
+    made: Any = sdxl()
+    made.register_modules(scheduler=library.EDMEulerScheduler())
+    return made
+
+
 PIPELINES: Mapping[str, Callable[[], DiffusionPipeline]] = MappingProxyType(
     {
         made.__name__: made
-        for made in (ddpm, dit, sd15, sdxl, pixart, sd3, flux, flux_guidance, sana, wan, lumina2, zimage, flux2_klein)
+        for made in (
+            *(ddpm, dit, sd15, sdxl, playground, pixart, sd3, flux, flux_guidance),
+            *(sana, wan, lumina2, zimage, flux2_klein, qwen, cogvideox),
+        )
     }
 )
 """Every pipeline, by name."""
@@ -312,7 +373,7 @@ def call(name: str, **changes: Any) -> dict[str, Any]:
     words: dict[str, Any] = {"num_inference_steps": 2, "generator": torch.Generator().manual_seed(0)}
     if name == "ddpm":
         return {"batch_size": 2, **words, **changes}
-    words["guidance_scale"] = 0.0 if name == "zimage" else 1.0
+    words["true_cfg_scale" if name == "qwen" else "guidance_scale"] = 0.0 if name == "zimage" else 1.0
     if name == "dit":
         return {"class_labels": [1, 2], **words, **changes}
     words |= {"prompt": ["a red cat", "a blue dog on a hill"], "height": SIDE, "width": SIDE, "output_type": "latent"}
@@ -323,12 +384,12 @@ def call(name: str, **changes: Any) -> dict[str, Any]:
 
 def facts(name: str) -> dict[str, Any]:
     """Arguments that make a call of a text-to-image or video pipeline short: few frames, few tokens."""
-    if name in ("ddpm", "dit", "sd15", "sdxl"):
+    if name in ("ddpm", "dit", "sd15", "sdxl", "playground"):
         return {}
     words: dict[str, Any] = {"max_sequence_length": 64 if name in ("zimage", "flux2_klein") else 24}
     if name == "sana":
         words["complex_human_instruction"] = ["Draw:"]
-    if name == "wan":
+    if name in ("wan", "cogvideox"):
         words["num_frames"] = 1
     return words
 

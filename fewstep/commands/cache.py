@@ -13,15 +13,16 @@ from accelerate import Accelerator
 
 from fewstep.data import cache_files as files
 from fewstep.data.cache_files import Index, Plan, ShardFacts
-from fewstep.data.cache_fit import encoders_digest, takes_prompts
+from fewstep.data.cache_fit import ENCODERS, encoders_digest, takes_prompts
 from fewstep.data.caching import Maker, contents_digest, packed, token_lengths
+from fewstep.data.fingerprint import weights_digests
 from fewstep.data.prompts import PromptList
 from fewstep.data.row_file import RowFile
 from fewstep.data.samples import Dataset
 from fewstep.data.sources import open_dataset
 from fewstep.errors import UserError
 from fewstep.models.encoder import open_encoder
-from fewstep.models.load import network_class, network_component, read_json, resolve
+from fewstep.models.load import network_class, network_component, pipeline_folder, read_json, resolve
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,7 @@ class Request:
         batch: images or prompts at a time.
         shard_size: samples in a file.
         dtype: of what is stored.
+        encoders: whether text encoders and VAE stay on the device, or rest in the host's memory between batches.
     """
 
     teacher: str
@@ -55,12 +57,13 @@ class Request:
     batch: int
     shard_size: int
     dtype: str
+    encoders: str = "device"
 
 
 def run(request: Request) -> None:
     """Make the cache, or what is missing of it; each process makes every so-manieth shard."""
     state = Accelerator()
-    folder = resolve(request.teacher)
+    folder = pipeline_folder(resolve(request.teacher, "teacher"))
     dataset = _dataset(request)
     plan = _plan(request, folder, dataset)
     if state.is_main_process:
@@ -71,7 +74,7 @@ def run(request: Request) -> None:
     if spoiled is None:
         return _tell(state, f"{request.out}: complete, {plan.samples} samples in {plan.shards} shards")
     device = str(state.device)
-    encoder = open_encoder(request.teacher, device, side=plan.size)
+    encoder = open_encoder(request.teacher, device, side=plan.size, rest=request.encoders == "host")
     maker = Maker(plan, dataset, encoder, encoder.null() if _told_prompts(folder) else None, device)
     _make(request.out, maker, spoiled, state)
     state.wait_for_everyone()
@@ -132,6 +135,7 @@ def _plan(request: Request, folder: Path, dataset: Dataset) -> Plan:
         dtype=request.dtype,
         batch=request.batch,
         shard_size=request.shard_size,
+        weights=dict(weights_digests(folder, ENCODERS)),
     )
 
 

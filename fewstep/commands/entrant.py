@@ -20,6 +20,7 @@ from fewstep.pipelines.manifest import is_export, read_manifest
 from fewstep.training import checkpoint
 from fewstep.training.assemble import EMA
 from fewstep.training.finished import read_config
+from fewstep.training.integrity import digest_of
 
 _PLACES = ("run.", "student.path", "method.pairs")
 """Settings in which the seeds of one method differ: their places, and what an earlier stage of each left."""
@@ -115,7 +116,7 @@ def _run(folder: Path, config: RunConfig, teacher: Teacher | None) -> tuple[str,
         raise UserError(f"{folder}: no checkpoint yet; it appears after train.checkpoint_every steps")
     facts = json.loads((found[-1] / checkpoint.STATE).read_text())
     settings = {key: value for key, value in flat(config).items() if key != "run.dir"}
-    weights = facts["sha256"][f"average-{EMA}.safetensors"]
+    weights = digest_of(facts, f"average-{EMA}")
     source = _digest([weights, settings, None if teacher is None else teacher.source])
     return source, _cost(folder / "log.jsonl", facts["step"])
 

@@ -11,6 +11,7 @@ import torch
 import typer
 from torch import Tensor
 
+from fewstep.commands.elsewhere import Place
 from fewstep.commands.entrant import scale_of
 from fewstep.commands.source import Source, open_any
 from fewstep.config import RunConfig
@@ -42,6 +43,8 @@ class Request:
         beside_teacher: whether the teacher's samples stand beside the student's.
         teacher_steps: its step counts; none: the student's, and 32.
         trajectory: whether every step's x̂_0 is drawn, a row a sampling.
+        device: where networks compute; noise is the host's.
+        encoders: whether text encoders and VAE stay on the device, or rest in the host's memory between calls.
     """
 
     source: str
@@ -54,6 +57,17 @@ class Request:
     beside_teacher: bool = False
     teacher_steps: tuple[int, ...] = ()
     trajectory: bool = False
+    device: str = "cpu"
+    encoders: str = "device"
+
+    @property
+    def place(self) -> Place:
+        """Device and resting place.
+
+        Raises:
+            UserError: there is no such device.
+        """
+        return Place.named(self.device, self.encoders)
 
 
 @dataclass(frozen=True)
@@ -81,7 +95,7 @@ class _Column:
 
 def run(request: Request, out: Path) -> None:
     """Write the picture, and print what a sample of each step count takes."""
-    source = open_any(request.source, request.guidance, request.size)
+    source = open_any(request.source, request.guidance, request.size, request.place)
     subjects = _subjects(source, request)
     columns = _columns(source, request)
     if request.trajectory:
@@ -165,7 +179,7 @@ def _columns(source: Source, request: Request) -> list[_Column]:
     if not request.beside_teacher:
         return columns
     path, scale = _teacher(request.source)
-    teacher = open_any(path, scale if request.guidance is None else request.guidance, request.size)
+    teacher = open_any(path, scale if request.guidance is None else request.guidance, request.size, request.place)
     if teacher.shape != source.shape:
         raise UserError(
             f"--beside-teacher: {path} makes {teacher.shape}, the student {source.shape}; no noise fits both"

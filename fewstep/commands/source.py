@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fewstep import registry
+from fewstep.commands.elsewhere import HOST, Place
 from fewstep.diffusion.solvers import Denoiser, Sampler, sample, trajectory
 from fewstep.errors import UserError, did_you_mean
 from fewstep.models.conditioning import Condition
@@ -17,7 +19,7 @@ from fewstep.models.denoiser import NetworkDenoiser
 from fewstep.models.encoder import Encoder, open_encoder
 from fewstep.models.guidance import Guided
 from fewstep.models.guidance_input import at_scale
-from fewstep.models.load import load_denoiser, resolve
+from fewstep.models.load import load_denoiser, pipeline_folder, resolve
 from fewstep.pipelines.manifest import Manifest, is_export, read_manifest
 from fewstep.training.finished import SOLVER_STEPS, Finished, load_run
 
@@ -36,6 +38,7 @@ class Source:
         classes: their names by number; empty where they are not known.
         few_step: whether it was made for the sampler's number of steps.
         encoder: the pipeline's text encoders and VAE, where samples are latents; `shape` is then theirs.
+        pixels: `(C, H, W)` of the images that latents are shown as; None: samples are images.
     """
 
     denoiser: Denoiser
@@ -45,6 +48,17 @@ class Source:
     classes: tuple[str, ...]
     few_step: bool
     encoder: Encoder | None = None
+    pixels: tuple[int, int, int] | None = None
+
+    @property
+    def picture_shape(self) -> tuple[int, int, int]:
+        """`(C, H, W)` of an image."""
+        return self.shape if self.pixels is None else self.pixels
+
+    @property
+    def takes_prompts(self) -> bool:
+        """Whether images are asked for by prompts."""
+        return self.encoder is not None and not self.class_count
 
     def sampler_in(self, steps: int) -> Sampler:
         """Its sampler in that many steps; its own where that is their number.
@@ -55,17 +69,21 @@ class Source:
         own = len(self.sampler.times) == steps
         return self.sampler if own else Sampler.of(self.denoiser.process, steps, self.sampler.kind)
 
-    def images(self, sampler: Sampler, noise: Tensor, labels: Tensor | None, seed: int) -> Tensor:
-        """Images `(B, C, H, W)` in about [-1, 1] from unit noise `(B, C, H, W)`, with fresh noise from `seed`."""
-        condition = Condition.none() if labels is None else Condition.of_labels(labels)
+    def images(self, sampler: Sampler, noise: Tensor, condition: Condition, seed: int) -> Tensor:
+        """Images `(B, C, H, W)` in about [-1, 1] from unit noise `(B, *)`, with fresh noise from `seed`."""
         with torch.no_grad():
-            return sample(self.denoiser, sampler, noise, condition, torch.Generator().manual_seed(seed))
+            fresh = torch.Generator().manual_seed(seed)
+            return self.shown(sample(self.denoiser, sampler, noise, condition, fresh))
+
+    def shown(self, samples: Tensor) -> Tensor:
+        """Samples `(B, *)` as images `(B, C, H, W)`: themselves, or latents decoded."""
+        return samples if self.encoder is None else self.encoder.images(samples).cpu()
 
     def predictions(self, sampler: Sampler, noise: Tensor, condition: Condition, seed: int) -> Iterator[Tensor]:
         """Every step's x̂_0 as images `(B, C, H, W)`, the last one the sample; fresh noise from `seed`."""
         with torch.no_grad():
             for seen in trajectory(self.denoiser, sampler, noise, condition, torch.Generator().manual_seed(seed)):
-                yield seen.x0 if self.encoder is None else self.encoder.images(seen.x0)
+                yield self.shown(seen.x0)
 
     def of_prompts(self, prompts: Sequence[str]) -> Condition:
         """The condition of prompts.
@@ -96,60 +114,73 @@ class Source:
         raise UserError(f"classes: {word!r} given{near}; {names} or 0 to {self.class_count - 1} are allowed")
 
 
-def open_source(name: str, guidance: float | None = None) -> Source:
+def open_source(name: str, guidance: float | None = None, place: Place = HOST) -> Source:
     """The source of that name.
 
     Args:
         name: a run's folder, an export's, an embedded teacher, or a diffusers pipeline's folder or hub name.
         guidance: scale for a teacher or a run that trained one, or one that a student was trained to take; None: what
             its folder states, the middle of the student's range, or 1.
+        place: where its network computes; noise and samples are on the host.
 
     Raises:
         UserError: it is none of these, samples are no pictures, or the guidance is none that a student takes.
     """
     folder = Path(name)
     if (folder / "config.json").is_file() and not (folder / "model_index.json").is_file():
-        return of_run(load_run(folder), guidance)
-    pipeline = resolve(name)
-    denoiser = load_denoiser(str(pipeline))
+        return _placed(of_run(load_run(folder, place.device), guidance), place)
+    pipeline = resolve(name, "source")
+    denoiser = load_denoiser(str(pipeline), place.device)
     manifest = read_manifest(pipeline) if is_export(pipeline) else None
     if manifest is None:
-        return _source(denoiser, Sampler.of(denoiser.process, SOLVER_STEPS, "ddim"), (), False, guidance)
+        sampler = Sampler.of(denoiser.process, SOLVER_STEPS, "ddim")
+        return _placed(_source(denoiser, sampler, (), False, guidance), place)
     stated = guidance if guidance is not None else manifest.guidance
-    return _source(denoiser, manifest.sampler, manifest.classes, _few_step(manifest), stated)
+    _refuse_second_guidance(name, manifest.guided and manifest.guidance_range is None, guidance)
+    return _placed(_source(denoiser, manifest.sampler, manifest.classes, _few_step(manifest), stated), place)
 
 
-def open_any(name: str, guidance: float | None = None, side: int | None = None) -> Source:
+def open_any(name: str, guidance: float | None = None, side: int | None = None, place: Place = HOST) -> Source:
     """The source of that name, of latents and prompts too.
 
     Args:
         name: as for `open_source`.
         guidance: as for `open_source`.
         side: of the images in pixels, where samples are latents; None: the pipeline's own.
+        place: as for `open_source`; of text encoders and VAE too.
 
     Raises:
         UserError: as for `open_source`, or text encoders or VAE are missing, or the side does not fit them.
     """
     folder = Path(name)
     if (folder / "config.json").is_file() and not (folder / "model_index.json").is_file():
-        run = load_run(folder)
+        run = load_run(folder, place.device)
         if _makes_pictures(run.student):
-            return of_run(run, guidance)
+            return _placed(of_run(run, guidance), place)
         if run.config.teacher.path is None:
             raise UserError(f"{folder}: its samples are latents, and no teacher's VAE is there to show them")
-        bare = _Latents(run.student, run.sampler, run.few_step, resolve(run.config.teacher.path), run.classes)
-        return bare.source(guidance, side or run.config.data.size)
-    pipeline = resolve(name)
-    denoiser = load_denoiser(str(pipeline))
+        _refuse_second_guidance(name, _has_guidance(run), guidance)
+        teacher = pipeline_folder(resolve(run.config.teacher.path))
+        bare = _Latents(run.student, run.sampler, run.few_step, teacher, run.classes)
+        return bare.source(guidance, side or run.config.data.size, place)
+    pipeline = resolve(name, "source")
+    denoiser = load_denoiser(str(pipeline), place.device)
     if _makes_pictures(denoiser):
-        return open_source(name, guidance)
+        return open_source(name, guidance, place)
     if not is_export(pipeline):
         return _Latents(denoiser, Sampler.of(denoiser.process, SOLVER_STEPS, "ddim"), False, pipeline).source(
-            guidance, side
+            guidance, side, place
         )
     manifest = read_manifest(pipeline)
     stated = guidance if guidance is not None else manifest.guidance
-    return _Latents(denoiser, manifest.sampler, _few_step(manifest), pipeline, manifest.classes).source(stated, side)
+    _refuse_second_guidance(name, manifest.guided and manifest.guidance_range is None, guidance)
+    parts = pipeline_folder(pipeline)
+    bare = _Latents(denoiser, manifest.sampler, _few_step(manifest), parts, manifest.classes)
+    return bare.source(stated, side, place)
+
+
+def _placed(source: Source, place: Place) -> Source:
+    return replace(source, denoiser=place.seen(source.denoiser))
 
 
 @dataclass(frozen=True)
@@ -162,8 +193,8 @@ class _Latents:
     folder: Path
     classes: tuple[str, ...] = ()
 
-    def source(self, guidance: float | None, side: int | None) -> Source:
-        encoder = open_encoder(str(self.folder), side=side)
+    def source(self, guidance: float | None, side: int | None, place: Place) -> Source:
+        encoder = open_encoder(str(self.folder), place.device, side=side, rest=place.rest)
         labelled = encoder.capture.subject == "class_labels"
         null = self.denoiser.null
         count = int(null.labels) if labelled and null is not None and null.labels is not None else 0
@@ -171,7 +202,8 @@ class _Latents:
         guided = _guided(told, self.few_step, guidance)
         shape: Any = encoder.latent_shape(side) if side is not None else self._own_shape()
         classes = self.classes if count else ()
-        return Source(guided, self.sampler, shape, count, classes, self.few_step, encoder)
+        side = encoder.side(shape[-1]) if side is None else side
+        return Source(place.seen(guided), self.sampler, shape, count, classes, self.few_step, encoder, (3, side, side))
 
     def _own_shape(self) -> tuple[int, ...]:
         """As many latent pixels as the network was made for."""
@@ -188,10 +220,22 @@ def of_run(run: Finished, guidance: float | None = None) -> Source:
     Raises:
         UserError: samples are no pictures, or the guidance is none that the student takes.
     """
+    _refuse_second_guidance(run.config.run.dir, _has_guidance(run), guidance)
     return _source(run.student, run.sampler, run.classes, run.few_step, guidance)
 
 
+def _has_guidance(run: Finished) -> bool:
+    return run.student.guidance_range is None and registry.get(run.config.method.name).claims.guided
+
+
+def _refuse_second_guidance(name: object, built_in: bool, guidance: float | None) -> None:
+    if built_in and guidance not in (None, 1.0):
+        raise UserError(f"guidance: {guidance} given; {name} has learnt one scale, and takes 1 only")
+
+
 def _few_step(manifest: Manifest) -> bool:
+    if manifest.few_step is not None:
+        return manifest.few_step
     return manifest.sampler.kind == "renoise" or len(manifest.sampler.times) < SOLVER_STEPS
 
 

@@ -12,6 +12,7 @@ import typer
 
 from fewstep.commands.configs import find
 from fewstep.commands.pictures import sample_grid
+from fewstep.commands.preview import Preview
 from fewstep.commands.signals import Signals
 from fewstep.commands.watch import Watch
 from fewstep.config import RunConfig
@@ -22,7 +23,7 @@ from fewstep.training.assemble import assemble, make_accelerator, open_sources
 from fewstep.training.clock import Clock, Speed
 from fewstep.training.failures import ends_told
 from fewstep.training.loop import Report, TrainState, train
-from fewstep.training.processes import equal_in_all
+from fewstep.training.retention import point_at
 from fewstep.training.tracking import Log, require_trackers
 
 CHECKPOINTS = "checkpoints"
@@ -32,6 +33,8 @@ def run(path: Path, overrides: Sequence[str], force: bool = False) -> None:
     """Train the config at `path`, with a progress bar, and say where the result lies."""
     config = load(find(path), overrides)
     state = start(config, force)
+    if state.accelerator.is_main_process and not state.step:
+        typer.echo(f"{config.run.dir}: no checkpoint, starts at step 0")
     for _ in logged(state):
         pass
     if state.accelerator.is_main_process:
@@ -65,11 +68,10 @@ def start(config: RunConfig, force: bool = False) -> TrainState:
         lambda text: told(f"warning: {text}"),
         (lambda text: told(f"warning: forced, {text}")) if force else None,
     )
-    if not equal_in_all(state.step, accelerator.device):
-        raise RunError(f"run.dir: not every process finds the same checkpoint in {config.run.dir} (here step "
-                       f"{state.step}); all machines must see one folder")  # fmt: skip
     if resumed is not None:
         told(f"resumed from {resumed}")
+        if accelerator.is_main_process:
+            point_at(resumed)  # where `latest` led to one that is damaged
     return state
 
 
@@ -92,7 +94,7 @@ def _logged(state: TrainState) -> Iterator[Report]:
     config, main = state.config, state.accelerator.is_main_process
     if main:
         write_config(config)
-    watch = Watch(state)
+    watch, preview = Watch(state), Preview.of(state)
     log = Log(config, state.step) if main else None
     watch.keep_best()
     state.clock = Clock(state.accelerator.device)
@@ -106,16 +108,17 @@ def _logged(state: TrainState) -> Iterator[Report]:
                 if due:
                     refuse_bad_steps(state)
                 advance(report)
-                if signals.agreed(state, report.step):
-                    save(state)
-                    raise RunError(f"{signals.name}: saved at step {report.step}; the same command goes on from there")
                 if config.train.sample_every and _due(report.step, config.train.sample_every, config):
-                    sample_grid(state, config.run.dir / "samples" / f"step-{report.step:08d}.png")
-                new_best = watch.is_best()
-                if new_best or _due(report.step, config.train.checkpoint_every, config):
+                    path = config.run.dir / "samples" / f"step-{report.step:08d}.png"
+                    sample_grid(state, path) if preview is None else preview.write(state, path)
+                # A signal is heard after all that belongs to the step: what goes on from there makes none of it again.
+                new_best, stopped = watch.is_best(), signals.agreed(state, report.step)
+                if new_best or stopped or _due(report.step, config.train.checkpoint_every, config):
                     save(state)
                 if new_best:
                     watch.keep_best()
+                if stopped:
+                    raise RunError(f"{signals.name}: saved at step {report.step}; the same command goes on from there")
                 yield report
     finally:
         if log is not None:

@@ -10,17 +10,14 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from fewstep.commands.elsewhere import Place
 from fewstep.commands.evaluate import Judge, Request, make_images
 from fewstep.commands.pictures import health_sheet
 from fewstep.commands.source import Source, of_run
 from fewstep.config import RunConfig
-from fewstep.diffusion.prediction import Prediction
-from fewstep.diffusion.process import Process
-from fewstep.diffusion.solvers import Denoiser
 from fewstep.errors import UserError
 from fewstep.evaluation.cache import cache_folder
 from fewstep.evaluation.evaluators import EVALUATORS
-from fewstep.models.conditioning import Condition
 from fewstep.training import best
 from fewstep.training.assemble import EMA
 from fewstep.training.checkpoint import list_checkpoints
@@ -167,26 +164,7 @@ def _source(state: TrainState) -> Source:
     sampler = sampler_of(config, student.process)
     classes = tuple(state.loader.dataset.classes)
     source = of_run(Finished(config, student, sampler, state.step, classes, state.method.few_step))
-    device = state.accelerator.device
-    return source if device.type == "cpu" else replace(source, denoiser=_Elsewhere(source.denoiser, device))
-
-
-@dataclass(frozen=True, eq=False)
-class _Elsewhere:
-    """A denoiser on another device than its inputs, which come back to where they were: the noise stays the host's."""
-
-    denoiser: Denoiser
-    device: torch.device
-
-    @property
-    def process(self) -> Process:
-        """The denoiser's."""
-        return self.denoiser.process
-
-    def __call__(self, x_t: torch.Tensor, t: torch.Tensor, condition: Condition) -> Prediction:
-        """The prediction at `x_t` `(B, *)` and times `t` `(B,)`."""
-        made = self.denoiser(x_t.to(self.device), t.to(self.device), condition.to(self.device))
-        return replace(made, x_t=x_t, t=t, value=made.value.to(x_t.device))
+    return replace(source, denoiser=Place(state.accelerator.device).seen(source.denoiser))
 
 
 def _due(state: TrainState, every: int) -> bool:

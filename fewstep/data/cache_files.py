@@ -12,7 +12,7 @@ import json
 import os
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ class Plan:
         dtype: of latents and embeddings in the files.
         batch: images or prompts that were encoded together.
         shard_size: samples in a shard.
+        weights: digest of those of its VAE and of each text encoder; none in caches of earlier versions.
     """
 
     teacher: str
@@ -69,6 +70,7 @@ class Plan:
     dtype: str
     batch: int
     shard_size: int
+    weights: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def shards(self) -> int:
@@ -142,6 +144,12 @@ def write_plan(folder: Path, plan: Plan) -> None:
             raise UserError(f"cache: {folder} cannot be written ({error.strerror})") from error
         return
     ours, its = (json.loads(json.dumps(dataclasses.asdict(one))) for one in (plan, found))
+    if not its["weights"]:
+        del ours["weights"]  # nothing is known of what an earlier version began with
+    other = [name for name in ours.get("weights", {}) if its["weights"].get(name) != ours["weights"][name]]
+    if other:
+        raise UserError(f"cache: {folder} was begun by a {other[0]} of other weights than that of {plan.teacher} now; "
+                        "give another folder")  # fmt: skip
     different = [f"{key} was {its[key]!r}, is {ours[key]!r}" for key in ours if its[key] != ours[key]]
     if different:
         raise UserError(f"cache: {folder} was begun otherwise ({'; '.join(different[:3])}); give another folder, or "

@@ -18,7 +18,9 @@ from fewstep.data.folder import ImageFolder
 from fewstep.data.prompts import PromptList
 from fewstep.data.row_file import RowFile
 from fewstep.data.samples import Dataset, SampleBatch
+from fewstep.data.stream import Stream
 from fewstep.errors import UserError
+from fewstep.models.autoencoder import Draws
 from fewstep.models.conditioning import LENGTHS, Condition
 
 
@@ -33,7 +35,7 @@ class CaptionEncoder(Protocol):
         """The condition, of one sample, of no prompt."""
         ...
 
-    def latents(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def latents(self, images: Tensor, generator: Draws = None) -> Tensor:
         """Latents `(B, *)` of images `(B, 3, H, W)` in [-1, 1]."""
         ...
 
@@ -120,7 +122,7 @@ class Maker:
             ours, its = sorted(condition.batched), sorted(self.null.batched)
             raise UserError(f"cache: the teacher is told {ours} with a prompt and {its} without; both must be the same")
         for key, value in self.null.shared.items():
-            if not _same(value, condition.shared.get(key)):
+            if not same(value, condition.shared.get(key)):
                 raise UserError(f"cache: the teacher's {key!r} differs from prompt to prompt; it cannot be cached")
         return condition
 
@@ -161,6 +163,8 @@ def token_lengths(opened: Sequence[RowFile]) -> dict[str, int]:
 def contents_digest(dataset: Dataset) -> str:
     """A digest of a finite set's captions and file names; empty for a set that is made up when asked."""
     match dataset:
+        case Captioned(gallery=Stream(digest=digest)):
+            return digest
         case Captioned(gallery=gallery):
             facts = [[Path(gallery.name(i)).name, caption] for i, caption in enumerate(gallery.captions)]
         case PromptList(captions=captions):
@@ -175,6 +179,13 @@ def contents_digest(dataset: Dataset) -> str:
 def padded(rows: Tensor, length: int) -> Tensor:
     """Rows `(N, L, *)` with zeros behind, up to `length` tokens."""
     return nn.functional.pad(rows, (0, 0) * (rows.ndim - 2) + (0, length - rows.shape[1]))
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two of a condition's shared values are equal."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return torch.equal(one.cpu(), other.cpu())
+    return not isinstance(one, Tensor) and not isinstance(other, Tensor) and one == other
 
 
 def _parts(values: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
@@ -210,12 +221,6 @@ def _require_padding_told(key: str, shapes: Mapping[str, tuple[int, ...]]) -> No
     if CONDITION + LENGTHS + name not in shapes and not any(mask[1] == shapes[key][1] for mask in masks):
         raise UserError(f"cache: the teacher's {name!r} is of another length for some prompts, and no mask tells "
                         "which tokens count")  # fmt: skip
-
-
-def _same(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return torch.equal(one.cpu(), other.cpu())
-    return not isinstance(one, Tensor) and not isinstance(other, Tensor) and one == other
 
 
 def _to_json(key: str, value: Any) -> Any:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from fewstep.data.pictures import Fit
 from fewstep.data.samples import Samples
+from fewstep.data.stream_order import StreamOrder
 from fewstep.errors import UserError
 
 _log = logging.getLogger("fewstep.data")
@@ -45,12 +46,13 @@ class Captioned:
     Args:
         gallery: the pictures.
         fit: how they become samples.
+        order: in which a run reads them; None: any picture may follow any other.
     """
 
     classes: tuple[str, ...] = ()
 
-    def __init__(self, gallery: Gallery, fit: Fit) -> None:
-        self.gallery, self.fit = gallery, fit
+    def __init__(self, gallery: Gallery, fit: Fit, order: StreamOrder | None = None) -> None:
+        self.gallery, self.fit, self.order = gallery, fit, order
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -70,9 +72,17 @@ class Captioned:
             UserError: a picture is damaged, or too small; the line names it.
             IndexError: an index below 0 or past the last sample.
         """
-        places = [self.fit.place(int(index), len(self.gallery.captions)) for index in indices]
-        images = [self.fit.sample(self.gallery.picture(i), self.gallery.name(i), mirrored) for i, mirrored in places]
-        return Samples(torch.stack(images), captions=tuple(self.gallery.captions[i] for i, _ in places))
+        images, captions = [], []
+        for index in indices:  # a picture and its caption at once: a stream may hold no more than their block
+            number, mirrored = self.fit.place(int(index), len(self.gallery.captions))
+            images.append(self.fit.sample(self.gallery.picture(number), self.gallery.name(number), mirrored))
+            captions.append(self.gallery.captions[number])
+        return Samples(torch.stack(images), captions=tuple(captions))
+
+    def captions_at(self, indices: Sequence[int]) -> tuple[str, ...]:
+        """The captions of the samples at `indices`; no picture is read."""
+        total = len(self.gallery.captions)
+        return tuple(self.gallery.captions[self.fit.place(int(index), total)[0]] for index in indices)
 
 
 def one_line(text: object) -> str:

@@ -88,3 +88,10 @@ class ImageFolder:
         if self.classes:
             return Samples(torch.stack(images), labels=torch.tensor([entry.label for entry in entries]))
         return Samples(torch.stack(images), captions=tuple(entry.caption for entry in entries))
+
+    def captions_at(self, indices: Sequence[int]) -> tuple[str, ...] | None:
+        """The captions of the samples at `indices`, without their pictures; None where samples have classes."""
+        if self.classes:
+            return None
+        entries = self._listing.entries
+        return tuple(entries[self._fit.place(int(index), len(entries))[0]].caption for index in indices)

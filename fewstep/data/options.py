@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fewstep.errors import UserError, did_you_mean
 
@@ -72,17 +72,29 @@ class CaptionOptions(Options):
     """Refuses pictures without a caption, in place of leaving them out with a warning."""
 
 
-class TableOptions(CaptionOptions):
-    """Arguments of `Table`."""
+class ShardOptions(CaptionOptions):
+    """Arguments of `TarShards`, and in which order they are read."""
+
+    streaming: bool = False
+    """Reads the shards as they lie, in an order that keeps to them; makes no copy of a table."""
+    buffer: int = Field(default=1000, ge=1)
+    """Of a stream: how many pictures are mixed with each other; 1 mixes what is read at once alone."""
+
+
+class TableOptions(ShardOptions):
+    """Arguments of `Table` and of `Stream`."""
+
+    keep: int = Field(default=10, ge=0)
+    """Of a stream from the hub: gigabytes of it that stay on the disk, for the other processes of this machine."""
 
     config: str | None = None
     """The set's configuration, where it has several."""
     split: str = "train"
-    """The split, as `datasets.load_dataset` takes it."""
+    """The split, as `datasets.load_dataset` takes it; a stream takes whole splits."""
+    revision: str | None = None
+    """Branch or commit of a set on the hub; None: what is there when the run starts, or goes on."""
     image_key: str = "image"
     """The column of pictures."""
-    streaming: bool = False
-    """Only false is allowed: a stream has no place to go on from."""
 
 
 class CacheOptions(Options):

@@ -105,6 +105,17 @@ class RowFile:
         content = self._read([place.start], place.bytes_of(0))
         return torch.frombuffer(content, dtype=place.dtype).view(place.shape)
 
+    def ends(self, name: str, size: int) -> bytes:
+        """The first and the last `size` bytes of a tensor, or all of it twice where it is shorter.
+
+        Raises:
+            DataFault: as `rows`.
+        """
+        place = self.places[name]
+        length = place.bytes_of(0)
+        size = min(size, length)
+        return bytes(self._read([place.start, place.start + length - size], size))
+
     def _read(self, starts: Sequence[int], size: int) -> bytearray:
         """The `size` bytes from each of `starts` on."""
         content = bytearray()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -21,12 +21,17 @@ from fewstep.data.options import (
     EmojiOptions,
     FolderOptions,
     NoOptions,
+    OptionsT,
+    ShardOptions,
     TableOptions,
     read_options,
 )
 from fewstep.data.pictures import Fit
 from fewstep.data.prompts import PromptList
 from fewstep.data.samples import Dataset as Dataset
+from fewstep.data.shard_list import list_shards
+from fewstep.data.stream import Stream
+from fewstep.data.stream_order import StreamOrder
 from fewstep.data.table import Table
 from fewstep.data.tar_shards import TarShards
 from fewstep.errors import UserError, did_you_mean
@@ -110,20 +115,45 @@ def _captions(request: Request) -> Dataset:
 
 def _webdataset(request: Request) -> Dataset:
     path = _required_path("webdataset", request, "a tar file, or a folder of them")
-    options = read_options(CaptionOptions, request.options)
+    options = _shard_options(ShardOptions, request)
     size = _required_size("webdataset", request)
-    return Captioned(TarShards(path, caption_key=options.caption_key, strict=options.strict), _fit(size, options))
+    shards = TarShards(path, caption_key=options.caption_key, strict=options.strict)
+    return Captioned(shards, _fit(size, options), _order(shards.sizes, options))
 
 
 def _huggingface(request: Request) -> Dataset:
     path = _required_path("huggingface", request, "a folder of `datasets`, or a hub name")
-    options = read_options(TableOptions, request.options)
+    options = _shard_options(TableOptions, request)
+    fit = _fit(_required_size("huggingface", request), options)
+    for key in ("keep", "revision"):
+        if key in request.options and path.exists():
+            raise UserError(
+                f"data.options.{key}: {request.options[key]} given; it does nothing without a set on the hub"
+            )
     if options.streaming:
-        raise UserError("data.options.streaming: a stream has no sample to go on from, so that a resumed run would be "
-                        "another; leave it out, or make a cache of the set with `fewstep cache`")  # fmt: skip
-    table = Table(path, config=options.config, split=options.split, image_key=options.image_key,
-                  caption_key=options.caption_key, strict=options.strict)  # fmt: skip
-    return Captioned(table, _fit(_required_size("huggingface", request), options))
+        return _stream(path, options, fit)
+    table = Table(path, config=options.config, split=options.split, revision=options.revision,
+                  image_key=options.image_key, caption_key=options.caption_key, strict=options.strict)  # fmt: skip
+    return Captioned(table, fit)
+
+
+def _stream(path: Path, options: TableOptions, fit: Fit) -> Dataset:
+    shards = list_shards(path, options.config, options.split, options.revision)
+    stream = Stream(shards, image_key=options.image_key, caption_key=options.caption_key, strict=options.strict,
+                    buffer=options.buffer, keep=options.keep * 10**9)  # fmt: skip
+    return Captioned(stream, fit, _order(stream.sizes, options))
+
+
+def _shard_options(kind: type[OptionsT], request: Request) -> OptionsT:
+    options = read_options(kind, request.options)
+    for key in ("buffer", "keep"):
+        if key in request.options and not request.options.get("streaming"):
+            raise UserError(f"data.options.{key}: {request.options[key]} given; it does nothing without streaming")
+    return options
+
+
+def _order(sizes: Sequence[int], options: ShardOptions) -> StreamOrder | None:
+    return StreamOrder(sizes, options.buffer, options.flip) if options.streaming else None
 
 
 def _prompts(request: Request) -> Dataset:

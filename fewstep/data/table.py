@@ -23,6 +23,7 @@ class Table:
         path: a folder of `Dataset.save_to_disk`, one that `load_dataset` reads, or a hub name.
         config: the set's configuration, where it has several.
         split: the split, as `load_dataset` takes it.
+        revision: branch or commit, of a set on the hub.
         image_key: the column of pictures.
         caption_key: the column of captions.
         strict: refuse pictures without a caption, in place of leaving them out.
@@ -38,12 +39,13 @@ class Table:
         *,
         config: str | None = None,
         split: str = "train",
+        revision: str | None = None,
         image_key: str = "image",
         caption_key: str = "text",
         strict: bool = False,
     ) -> None:
         self._path, self._key = str(path), image_key
-        table = _open(path, config, split)
+        table = _open(path, config, split, revision)
         _require_columns(table, image_key, caption_key)
         captions = [one_line(value) for value in table[caption_key]]
         missing = [f"row {row}" for row, text in enumerate(captions) if not text]
@@ -62,23 +64,38 @@ class Table:
             value = self._table[self._rows[number]][self._key]
         except OSError as error:
             raise vanished(self.name(number), error) from error
-        if value is None:
-            raise UserError(f"data.path: {self.name(number)!r} has no picture")
-        if value["bytes"] is not None:
-            return read_image(io.BytesIO(value["bytes"]), self.name(number))
-        return read_image(Path(value["path"]), value["path"])
+        return stored_picture(value, self.name(number))
 
 
-def _open(path: Path, config: str | None, split: str) -> Any:
+def stored_picture(value: Any, name: str) -> Image.Image:
+    """The picture of a table's cell, which messages call `name`.
+
+    Args:
+        value: None, the bytes of a file, or `{"bytes": ..., "path": ...}` with one of them.
+        name: of the row.
+
+    Raises:
+        DataFault: a file that the cell names cannot be read any more.
+        UserError: there is no picture, or it is damaged.
+    """
+    content = value.get("bytes") if isinstance(value, dict) else value
+    if content is not None:
+        return read_image(io.BytesIO(content), name)
+    if value is None or value.get("path") is None:
+        raise UserError(f"data.path: {name!r} has no picture")
+    return read_image(Path(value["path"]), value["path"])
+
+
+def _open(path: Path, config: str | None, split: str, revision: str | None) -> Any:
     try:
         import datasets
     except ImportError as error:
         raise UserError("data.name: huggingface needs datasets; install fewstep[data]") from error
-    with _told_in_one_line(path):
+    with told_in_one_line(path):
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             found = datasets.load_from_disk(str(path))
         else:
-            found = datasets.load_dataset(str(path), config, split=split)
+            found = datasets.load_dataset(str(path), config, split=split, revision=revision)
     if isinstance(found, datasets.DatasetDict):
         splits = [str(name) for name in found]
         if split not in splits:
@@ -89,7 +106,7 @@ def _open(path: Path, config: str | None, split: str) -> Any:
 
 
 @contextmanager
-def _told_in_one_line(path: Path) -> Iterator[None]:
+def told_in_one_line(path: Path) -> Iterator[None]:
     """What `datasets` raises for sets that are not there, are no sets, or cannot be fetched."""
     from datasets.exceptions import DatasetsError
 

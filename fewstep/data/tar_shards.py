@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import json
 import tarfile
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -73,6 +74,11 @@ class TarShards:
         settle_missing(str(path), missing, len(pictures), strict)
         self._pictures = tuple(picture for picture, text in zip(pictures, captions, strict=True) if text)
         self.captions = tuple(text for text in captions if text)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Captioned pictures of each tar file that has some, in their order."""
+        return tuple(Counter(picture.shard for picture in self._pictures).values())
 
     def name(self, number: int) -> str:
         """The shard's path and the member's name."""

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Derivative = Literal["jvp", "central_difference"]
@@ -63,9 +66,21 @@ def forward_derivative(
     a convolution may be given values and slopes of two precisions. A fused layer norm has a wrong second
     derivative, without an error: train slopes inside `arithmetic_layer_norm()` alone.
     """
+    _load_rules()
     with sdpa_kernel(SDPBackend.MATH), _full_precision(at[0]), _not_compiled():
         both = torch.func.jvp(function, at, direction)
     return Tangent(both[0], both[1])
+
+
+@cache
+def _load_rules() -> None:
+    """Have torch load its rules for forward derivatives, which it does at the first one.
+
+    It scripts them with a function that it has deprecated itself, and nobody who trains can do anything about that.
+    """
+    with warnings.catch_warnings(), forward_ad.dual_level():
+        warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")
+        forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
 
 
 def _full_precision(like: Tensor) -> torch.autocast:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fewstep.data.batch import Batch
 from fewstep.models.denoiser import NetworkDenoiser
-from fewstep.models.injection import Injection, Told, blocks_of, hidden_shapes, silent
+from fewstep.models.injection import Injection, Told, blocks_of, hidden_shapes, silent, taken_up
 
 NAME = "guidance_adapters"
 
@@ -63,6 +63,8 @@ def with_adapters(
 ) -> NetworkDenoiser:
     """The denoiser with its weights frozen and guidance adapters in its network, equal to it until they are trained.
 
+    Adapters that an earlier run has left in it are trained on, whatever their rank and width.
+
     Args:
         denoiser: a conditional network, changed in place.
         scales: the range of guidance scales that they will be trained for.
@@ -71,8 +73,10 @@ def with_adapters(
         width: of the embedding of scale, time and condition.
 
     Raises:
-        UserError: LoRA adapters share its weights, or its blocks are not known.
+        UserError: LoRA adapters share its weights, or it has no blocks.
     """
+    if (earlier := taken_up(denoiser, NAME, scales)) is not None:
+        return earlier
     blocks = blocks_of(denoiser.network)
     shapes = hidden_shapes(denoiser, blocks, example)
     sizes = tuple(shape[1] if len(shape) == 4 else shape[-1] for shape in shapes)

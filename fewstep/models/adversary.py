@@ -77,8 +77,8 @@ class FeatureAdversary(Adversary):
     """An adversary that chooses the network whose features it reads."""
 
     backbone: Annotated[Literal["frozen", "trained"], _ON] = "frozen"
-    """Whose features: the frozen teacher's (LADD), or those of a copy that the heads train too (APT). Of a closed-form
-    teacher the student's first weights are the copy."""
+    """Whose features: the frozen teacher's (LADD), or those of a copy that the heads train too (APT): under
+    `student.lora` of one more adapter. Of a closed-form teacher the student's first weights are the copy."""
 
     def against(
         self, student: NetworkDenoiser, teacher: Denoiser | None, example: Batch, outputs: int = 1
@@ -86,7 +86,7 @@ class FeatureAdversary(Adversary):
         """The discriminator of the student's samples, with `outputs` logits of each head; None at weight 0.
 
         Raises:
-            UserError: a copy is needed of weights that adapters share, or `taps` names what the network does not have.
+            UserError: `taps` names what the network does not have.
         """
         if not self.adversarial_weight:
             return None
@@ -96,7 +96,7 @@ class FeatureAdversary(Adversary):
 
 def _features(student: NetworkDenoiser, teacher: Denoiser | None, trained: bool) -> NetworkDenoiser:
     if isinstance(teacher, NetworkDenoiser):
-        return teacher.copy() if trained else teacher
+        return teacher.branch("backbone") if trained else teacher
     copied = student.copy()  # fitted to the teacher
     copied.network.requires_grad_(trained)
     return copied

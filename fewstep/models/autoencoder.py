@@ -17,6 +17,10 @@ _VIDEO = ("AutoencoderKLWan", "AutoencoderKLQwenImage", "AutoencoderKLCogVideoX"
 """Classes that take images as videos of one frame."""
 
 _PROBE = 64
+_CPU = torch.device("cpu")
+
+Draws = torch.Generator | list[torch.Generator] | None
+"""What a posterior is drawn with: one stream, or one for each sample; None: nothing is drawn, its mode is taken."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,13 +33,15 @@ class Autoencoder:
     Attributes:
         vae: of diffusers.
         family: of the denoiser.
+        device: where the VAE computes.
     """
 
     vae: Any
     family: Family
+    device: torch.device = _CPU
 
     @torch.no_grad()
-    def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def encode(self, images: Tensor, generator: Draws = None) -> Tensor:
         """Latents `(B, *)` of images `(B, 3, H, W)` or videos `(B, 3, F, H, W)`, in float32.
 
         Raises:
@@ -43,32 +49,50 @@ class Autoencoder:
         """
         for side in images.shape[-2:]:
             self._check(side)
-        return self._packed(self._scaled(self._encoded(images, generator)))
+        return self._packed(self._scaled(self._encoded(images.to(self.device), generator)))
 
-    def decode(self, latents: Tensor) -> Tensor:
-        """Images `(B, 3, H, W)` in [-1, 1], or videos `(B, 3, F, H, W)`; packed latents must be of squares."""
-        unscaled = self._unscaled(self._unpacked(latents))
+    def decode(self, latents: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """Images `(B, 3, H, W)` in [-1, 1], or videos `(B, 3, F, H, W)`.
+
+        Args:
+            latents: `(B, *)`.
+            size: height and width of the images in pixels, which packed latents do not tell; None: they are square.
+
+        Raises:
+            UserError: packed latents are of images of another size.
+        """
+        unscaled = self._unscaled(self._unpacked(latents.to(self.device), size))
         decoded = self.vae.decode(unscaled.to(self.vae.dtype), return_dict=False)[0].float().clamp(-1, 1)
         return decoded[:, :, 0] if decoded.ndim == 5 and decoded.shape[2] == 1 else decoded
 
-    def shape(self, side: int) -> tuple[int, ...]:
-        """The shape `(*)` of the latents of one square image.
+    def shape(self, side: int | tuple[int, int]) -> tuple[int, ...]:
+        """The shape `(*)` of the latents of one image, square or of that height and width.
 
         Raises:
-            UserError: the side is not a multiple of what the VAE and the packing need.
+            UserError: a side is not a multiple of what the VAE and the packing need.
         """
-        self._check(side)
         channels, *frames = self._probe[:-2]
-        length = self._probe[-1] * side // _PROBE
+        rows, columns = self._grid(side if isinstance(side, tuple) else (side, side))
         if self.family.packed:
-            return ((length // 2) ** 2, 4 * channels)
-        grid = (channels, *frames, length, length)
-        return grid if self.family.frames != 1 else (*frames, channels, length, length)
+            return (rows // 2 * (columns // 2), 4 * channels)
+        grid = (channels, *frames, rows, columns)
+        return grid if self.family.frames != 1 else (*frames, channels, rows, columns)
+
+    def side(self, rows: int) -> int:
+        """Height or width in pixels of images whose latents, not packed, have so many rows or columns."""
+        return rows * (_PROBE // self._probe[-1])
+
+    def _grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Rows and columns of the latents of an image of that height and width in pixels."""
+        for side in size:
+            self._check(side)
+        rows, columns = (self._probe[-1] * side // _PROBE for side in size)
+        return rows, columns
 
     @cached_property
     def _probe(self) -> tuple[int, ...]:
         """The shape of an image of 64 pixels' latents, not packed."""
-        images = torch.zeros(1, 3, _PROBE, _PROBE, device=self.vae.device)
+        images = torch.zeros(1, 3, _PROBE, _PROBE, device=self.device)
         with torch.no_grad():
             return tuple(self._encoded(images, None).shape[1:])
 
@@ -77,7 +101,7 @@ class Autoencoder:
         if side < unit or side % unit:
             raise UserError(f"side: {side} pixels given; {type(self.vae).__name__} here takes multiples of {unit}")
 
-    def _encoded(self, images: Tensor, generator: torch.Generator | None) -> Tensor:
+    def _encoded(self, images: Tensor, generator: Draws) -> Tensor:
         as_video = type(self.vae).__name__ in _VIDEO and images.ndim == 4
         given = images.unsqueeze(2) if as_video else images
         said = self.vae.encode(given.to(self.vae.dtype), return_dict=False)[0]
@@ -125,12 +149,22 @@ class Autoencoder:
             return _patched(z).flatten(2).transpose(1, 2)
         return z.transpose(1, 2) if self.family.frames == 1 else z
 
-    def _unpacked(self, latents: Tensor) -> Tensor:
+    def _unpacked(self, latents: Tensor, size: tuple[int, int] | None) -> Tensor:
         if self.family.packed:
-            side = math.isqrt(latents.shape[1])
-            grid = _unpatched(latents.transpose(1, 2).unflatten(2, (side, side)))
+            grid = _unpatched(latents.transpose(1, 2).unflatten(2, self._tokens(latents.shape[1], size)))
             return grid.unsqueeze(2) if type(self.vae).__name__ in _VIDEO else grid
         return latents.transpose(1, 2) if self.family.frames == 1 else latents
+
+    def _tokens(self, count: int, size: tuple[int, int] | None) -> tuple[int, int]:
+        """Rows and columns of so many tokens."""
+        if size is None:
+            rows = columns = math.isqrt(count)
+        else:
+            rows, columns = (length // 2 for length in self._grid(size))
+        if rows * columns != count:
+            given = "none given" if size is None else f"{size[0]}×{size[1]} pixels given"
+            raise UserError(f"size: {given}; {count} tokens are of images of another height and width")
+        return rows, columns
 
 
 def _patched(z: Tensor) -> Tensor:

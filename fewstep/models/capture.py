@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from fewstep.errors import UserError
 from fewstep.models.conditioning import LENGTHS, Condition
-from fewstep.models.families import FAMILIES, Family, family_of
+from fewstep.models.families import FAMILIES, Family, TextMask, family_of
 
 GUIDED = 2.0
 """A `guidance_scale` at which every pipeline that can guide does."""
@@ -115,7 +115,7 @@ class Capture:
         one, two = (_flat(self._heard(given)[0]) for given in (some, [*some, *some]))
         longest = self.takes.get("max_sequence_length")
         usual = 0 if longest is None else longest.default
-        return _Layout.of(one, two, self.call.get("max_sequence_length", usual))
+        return _Layout.of(one, two, self.call.get("max_sequence_length", usual), self.family.text_mask)
 
     def words(
         self, given: Sequence[Any] | None, guidance: float | None = None, num_inference_steps: int = 1
@@ -130,13 +130,14 @@ class Capture:
         usual: dict[str, Any] = {
             "num_inference_steps": num_inference_steps,
             "intermediate_timesteps": None,
+            "true_cfg_scale": 1.0,
             "generator": torch.Generator().manual_seed(0),
             "output_type": "latent",
             "use_resolution_binning": False,
         }
         if given is not None:
             usual[self.subject] = list(given)
-        if not self._own_guidance:
+        if not self._own_guidance and "true_cfg_scale" not in self.takes:
             usual["guidance_scale"] = self.family.unguided if guidance is None else guidance
         return {**{name: value for name, value in usual.items() if name in self.takes}, **self.call}
 
@@ -209,21 +210,23 @@ class _Layout:
         batched: tensors `(B, *)`.
         listed: lists of `B` tensors.
         shared: everything else, as one sample's call has it.
-        longest: rows that the tensors of lists are padded to, at least.
+        longest: rows that the tensors of lists are padded to, at least, and texts with their mask.
+        text_mask: the names of these.
     """
 
     batched: frozenset[str]
     listed: frozenset[str]
     shared: Mapping[str, Any]
     longest: int
+    text_mask: TextMask | None
 
     @staticmethod
-    def of(one: Mapping[str, Any], two: Mapping[str, Any], longest: int) -> _Layout:
+    def of(one: Mapping[str, Any], two: Mapping[str, Any], longest: int, text_mask: TextMask | None) -> _Layout:
         """From the arguments of one sample and of two."""
         batched = frozenset(key for key, value in one.items() if _grows(value, two[key]))
         listed = frozenset(key for key, value in one.items() if _is_list(value))
         shared = {key: value for key, value in one.items() if key not in batched | listed}
-        return _Layout(batched, listed, shared, longest)
+        return _Layout(batched, listed, shared, longest, text_mask)
 
     def condition(self, call: Mapping[str, Any]) -> Condition:
         """The condition that a call's arguments are."""
@@ -234,6 +237,12 @@ class _Layout:
             lengths = torch.tensor([len(row) for row in rows], device=rows[0].device)
             batched |= {key: nn.utils.rnn.pad_sequence(rows, batch_first=True), LENGTHS + key: lengths}
         made = Condition(batched, self.shared)
+        if self.text_mask is not None:
+            text = told[self.text_mask.text]
+            whole = torch.ones(text.shape[:2], dtype=torch.long, device=text.device)
+            mask = told.get(self.text_mask.mask, whole)
+            made = Condition({**batched, self.text_mask.mask: mask}, self.shared)
+            made = made.padded(self.text_mask.text, self.longest).padded(self.text_mask.mask, self.longest)
         for key in self.listed:
             made = made.padded(key, self.longest)
         return made

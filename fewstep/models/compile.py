@@ -2,22 +2,69 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, Literal
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from fewstep.models.denoiser import NetworkDenoiser
 
-Mode = Literal["none", "blocks", "whole"]
+_VERSIONS = 64
+"""Of the code of one class."""
+
+Mode = Literal["none", "blocks", "whole", "graphs"]
 
 
 def compile_network(denoiser: NetworkDenoiser, mode: Mode) -> None:
-    """Compile in place. `blocks` compiles each block on its own, which is quick to compile and keeps hooks working."""
+    """Compile in place. `blocks` compiles each block on its own, which is quick to compile and keeps hooks working.
+
+    `graphs` is `whole` whose kernels CUDA starts as one recorded graph, for networks so small that starting them one by
+    one takes longer than they do.
+    """
+    network = denoiser.network
+    if mode != "none":
+        _allow_recompilation()
     if mode == "whole":
-        denoiser.network.compile()
+        network.compile()
+    if mode == "graphs":
+        network.compile(mode="reduce-overhead")
+        assert network._compiled_call_impl is not None
+        network._compiled_call_impl = _Copied(network._compiled_call_impl)
     if mode == "blocks":
         for name in denoiser.family.compute_blocks:
-            blocks = denoiser.network.get_submodule(name)
+            blocks = network.get_submodule(name)
             assert isinstance(blocks, nn.ModuleList)
             for block in blocks:
                 block.compile()
+
+
+def _allow_recompilation() -> None:
+    """Let a class have more than the 8 versions of its code after which torch goes on eagerly.
+
+    A UNet's blocks are of few classes and of many widths, and each is run with and without gradient, by student and
+    teacher, in training and for samples.
+    """
+    limits: Any = import_module("torch._dynamo.config")
+    limits.recompile_limit = max(limits.recompile_limit, _VERSIONS)
+
+
+@dataclass(frozen=True)
+class _Copied:
+    """A recorded network's call. Its next one writes to the memory of this one's output, so a copy is handed out.
+
+    Attributes:
+        replay: the call.
+    """
+
+    replay: Callable[..., Any]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The call, its output in memory of its own."""
+        return tree_map(_copied, self.replay(*args, **kwargs))
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value

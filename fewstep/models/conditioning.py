@@ -95,6 +95,12 @@ class Condition:
         told = {k: v for k, v in self.batched.items() if k.startswith(SCALARS) or k in (NATIVE_SCALE, NATIVE_GUIDANCE)}
         return Condition({**null.expand(batch).batched, **told}, null.shared)
 
+    def told(self, other: Condition, batch: int) -> Condition:
+        """This one with what another, of one sample, tells in its place or besides; itself where that tells nothing."""
+        if not other.batched:
+            return self
+        return Condition({**self.batched, **other.expand(batch).batched}, self.shared)
+
     def rows(self, index: slice | Tensor) -> Condition:
         """The samples at `index`."""
         return Condition({k: v[index] for k, v in self.batched.items()}, self.shared)

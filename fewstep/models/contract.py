@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fewstep.diffusion.process import Flow
+from fewstep.diffusion.process import EDM, Flow
 from fewstep.models.capture import Capture
 from fewstep.models.conditioning import Condition
 from fewstep.models.load import make_denoiser, schedule_of_network
@@ -51,10 +51,11 @@ class Comparison:
 def steps_of(pipeline: Any, call: Mapping[str, Any]) -> list[Step]:
     """What reaches `scheduler.step` while the pipeline is called."""
     scheduler, found = pipeline.scheduler, []
-    own, is_flow = scheduler.step, isinstance(schedule_of(_config(scheduler)).process, Flow)
+    process = schedule_of(_config(scheduler)).process
+    own, is_flow, tabled = scheduler.step, isinstance(process, Flow), isinstance(process, Flow | EDM)
 
     def step(prediction: Tensor, timestep: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        sigma = scheduler.sigmas[len(found)].clone() if is_flow else None
+        sigma = scheduler.sigmas[len(found)].clone() if tabled else None
         scaled = x if is_flow else scheduler.scale_model_input(x, timestep)
         found.append(Step(prediction.clone(), torch.as_tensor(timestep).clone(), x.clone(), scaled.clone(), sigma))
         return own(prediction, timestep, x, *args, **kwargs)
@@ -73,7 +74,7 @@ def _config(scheduler: Any) -> dict[str, Any]:
 
 @torch.no_grad()
 def contract(pipeline: Any, prompts: Sequence[str] | Sequence[int] | None, **call: Any) -> list[Comparison]:
-    """Pipeline and denoiser at both steps of an unguided call of two.
+    """Pipeline and denoiser at both steps of an unguided call of two; of an EDM scheduler, the x̂_0 that it makes.
 
     Args:
         pipeline: of diffusers.
@@ -84,13 +85,20 @@ def contract(pipeline: Any, prompts: Sequence[str] | Sequence[int] | None, **cal
     denoiser = make_denoiser(capture.network, schedule_of_network(capture.network, _config(pipeline.scheduler)))
     condition = Condition.none() if prompts is None else capture.prompts(prompts)
     words = capture.words(prompts, num_inference_steps=2)
+    said = steps_of(pipeline, words)
+    if denoiser.preconditioning is not None:
+        x0 = pipeline.scheduler.precondition_outputs
+        return [Comparison(x0(step.x, step.prediction, step.sigma), denoiser(step.x, time, condition).value)
+                for step in said for time in [_time(denoiser.process, step)]]  # fmt: skip
     return [Comparison(step.prediction, denoiser(step.scaled, _time(denoiser.process, step), condition).value)
-            for step in steps_of(pipeline, words)]  # fmt: skip
+            for step in said]  # fmt: skip
 
 
 def _time(process: Any, step: Step) -> Tensor:
     """The time `(B,)` of a step: the scheduler's σ, unless it rounds its timesteps."""
     t = step.timestep.float()
+    if step.sigma is not None and isinstance(process, EDM):
+        t = step.sigma
     if step.sigma is not None and isinstance(process, Flow):
         t = step.sigma if bool(step.sigma * process.timesteps == t) else t / process.timesteps
     return t.expand(len(step.x))

@@ -17,6 +17,7 @@ from fewstep.models.families import Family, scheduler_time
 from fewstep.models.graft import Graft, part_of_names
 from fewstep.models.lora import BASE, Adapters
 from fewstep.models.players import Player
+from fewstep.models.schedule import Preconditioning
 from fewstep.models.taps import FeatureTap
 
 
@@ -34,6 +35,8 @@ class NetworkDenoiser:
         adapter: the adapter this view computes with.
         graft: the scalar inputs that were added to the network.
         guidance_range: the guidance scales a student is trained for where one is its input; None: it takes none.
+        preconditioning: what stands between x_t, the network and a prediction of this kind; None: nothing.
+        fixed: what it is told of every sample, whatever the condition says: a guidance scale that it keeps.
     """
 
     network: nn.Module
@@ -45,15 +48,21 @@ class NetworkDenoiser:
     adapter: str = BASE
     graft: Graft = field(default_factory=Graft)
     guidance_range: tuple[float, float] | None = None
+    preconditioning: Preconditioning | None = None
+    fixed: Condition = field(default_factory=Condition)
     tap: FeatureTap | None = field(default=None, repr=False)
 
     def __call__(self, x_t: Tensor, t: Tensor, condition: Condition) -> Prediction:
         """The prediction at `x_t` `(B, *)` and times `t` `(B,)` of the process, kept in float32 for the network."""
         self.adapters.activate(self.adapter)
-        inputs = self.family.inputs(self.network, x_t, scheduler_time(self.process, t))
+        condition = condition.told(self.fixed, len(x_t))
+        wrapping = self.preconditioning
+        given = x_t if wrapping is None else wrapping.scaled(x_t, t)
+        inputs = self.family.inputs(self.network, given, scheduler_time(self.process, t))
         with self.graft.hearing(condition.scalars):
             output = self.network(**inputs, **condition.kwargs(), return_dict=False)[0]
-        return Prediction(self.process, x_t, t, self.family.prediction(output, x_t), self.kind)
+        said = self.family.prediction(output, x_t)
+        return Prediction(self.process, x_t, t, said if wrapping is None else wrapping.x0(x_t, t, said), self.kind)
 
     def sized(self, shape: Sequence[int]) -> NetworkDenoiser:
         """The same denoiser for samples of that shape `(*)`, which decides a dynamic shift; itself without one."""
@@ -64,7 +73,7 @@ class NetworkDenoiser:
     def to(self, device: torch.device | str) -> NetworkDenoiser:
         """The same denoiser with its network moved, in place, and its null condition beside it."""
         self.network.to(device)
-        return replace(self, null=None if self.null is None else self.null.to(device))
+        return replace(self, null=None if self.null is None else self.null.to(device), fixed=self.fixed.to(device))
 
     def copy(self) -> NetworkDenoiser:
         """The same denoiser with weights of its own.
@@ -95,13 +104,16 @@ class NetworkDenoiser:
         """
         grown = self.copy() if self.adapter == BASE else self
         graft = grown.graft.grown(grown.network, self.family.time_embedding, name, unit)
-        if self.adapter == BASE:
-            return replace(grown, graft=graft)
-        own = replace(graft, own=(*graft.own, name))
-        self.adapters.beside = (*self.adapters.beside, part_of_names(name))
-        for parameter in own.parameters(self.network).values():
+        view = replace(grown, graft=graft)
+        return view if self.adapter == BASE else view.owning(part_of_names(name))
+
+    def owning(self, part: str) -> NetworkDenoiser:
+        """An adapter's view, which trains beside its adapter the parameters that have `part` in their names."""
+        self.adapters.beside = (*self.adapters.beside, part)
+        graft = replace(self.graft, own=(*self.graft.own, part))
+        for parameter in graft.parameters(self.network).values():
             parameter.requires_grad_(True)
-        return replace(self, graft=own)
+        return replace(self, graft=graft)
 
     def lora_view(self, name: str, rank: int) -> NetworkDenoiser:
         """The same frozen network seen through a new adapter, equal to this denoiser until trained."""
@@ -118,6 +130,21 @@ class NetworkDenoiser:
         for mine, its in zip(self.parameters().values(), view.parameters().values(), strict=True):
             its.data.copy_(mine.data)
             its.requires_grad_(False)
+        return view
+
+    def branch(self, name: str) -> NetworkDenoiser:
+        """A denoiser to train for something else, which starts as this one: a copy, or one more adapter.
+
+        The adapter has the rank of this view's; that of the frozen base has the rank of the first adapter there is.
+        """
+        if not self.adapters.names:
+            return self.copy()
+        of = self.adapters.names[0] if self.adapter == BASE else self.adapter
+        view = replace(self.lora_view(name, self.adapters.rank(of)), graft=replace(self.graft, own=()))
+        if self.adapter != BASE:
+            mine, its = (self.adapters.parameters(one).values() for one in (self.adapter, name))
+            for source, target in zip(mine, its, strict=True):
+                target.data.copy_(source.data)
         return view
 
     def shadow_of(self, player: Player) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fewstep.diffusion.process import EDM, VP, Flow, Process, TrigFlow
 from fewstep.errors import UserError, did_you_mean
+from fewstep.models.native_guidance import add_to_flux, add_to_unet
 
 
 def scheduler_time(process: Process, t: Tensor) -> Tensor:
@@ -34,11 +35,30 @@ class GuidanceInput:
 
     Attributes:
         argument: that takes it.
-        config: the key of the network's config that is neither None nor false where the input is there.
+        config: the key of the network's config that is neither None nor false where the input is there; a number is
+            how many sines and cosines of the scale are passed in its place.
+        scale: the key of the network's config that the scale is multiplied with.
+        add: gives the input to a network that was made without it, in place and silent at first; it says what the names
+            of the new parameters have in them. None where the usual pipelines of such networks would not feed it.
     """
 
     argument: str
     config: str
+    scale: str | None = None
+    add: Callable[[nn.Module], str] | None = None
+
+
+@dataclass(frozen=True)
+class TextMask:
+    """Text as long as the longest prompt of a call, with a mask that the pipeline leaves out where none is shorter.
+
+    Attributes:
+        text: the argument that takes the text `(B, L, D)`.
+        mask: the argument that takes the mask `(B, L)`.
+    """
+
+    text: str
+    mask: str
 
 
 def _unchanged(timestep: Tensor) -> Tensor:
@@ -79,7 +99,10 @@ class Family:
         packed: x is tokens `(B, N, 4C)`, each of 2×2 latent pixels.
         frames: x has an axis of frames: the place of that axis in `(B, *)`.
         tap_element: which element of a block's output is the image, where it returns several.
+        one_stream: the blocks' tokens are text and image together.
         guidance: the class's own input for a guidance scale.
+        text_mask: what tells how long a prompt is, where its pipeline does not always tell it.
+        first_layer: the module whose output has the precision that the network gives its time, by mistake.
         unguided: the `guidance_scale` at which the pipeline does not guide.
         empirical_shift: a dynamic shift follows FLUX.2's fit, of size and step count, and not the scheduler's line.
     """
@@ -99,7 +122,10 @@ class Family:
     packed: bool = False
     frames: int | None = None
     tap_element: int = -1
+    one_stream: bool = False
     guidance: GuidanceInput | None = None
+    text_mask: TextMask | None = None
+    first_layer: str | None = None
     unguided: float = 1.0
     empirical_shift: bool = False
 
@@ -176,13 +202,18 @@ FAMILIES: dict[str, Family] = {
         _mid_block,
         time_embedding="time_embedding",
         compute_blocks=_UNET_BLOCKS,
-        guidance=GuidanceInput("timestep_cond", "time_cond_proj_dim"),
+        guidance=GuidanceInput("timestep_cond", "time_cond_proj_dim", add=add_to_unet),
     ),
     "DiTTransformer2DModel": _transformer(null_label=_dit_null, learned_sigma=True),
     "PixArtTransformer2DModel": _transformer(learned_sigma=True),
     "SD3Transformer2DModel": _transformer(),
     "FluxTransformer2DModel": _transformer(
-        "transformer_blocks", "single_transformer_blocks", heard=_thousandth, packed=True, guidance=_GUIDANCE
+        "transformer_blocks",
+        "single_transformer_blocks",
+        heard=_thousandth,
+        packed=True,
+        first_layer="x_embedder",
+        guidance=GuidanceInput("guidance", "guidance_embeds", add=add_to_flux),
     ),
     "Flux2Transformer2DModel": _transformer(
         "transformer_blocks",
@@ -192,9 +223,13 @@ FAMILIES: dict[str, Family] = {
         guidance=_GUIDANCE,
         empirical_shift=True,
     ),
-    "SanaTransformer2DModel": _transformer(learned_sigma=True, time_scale="timestep_scale", guidance=_GUIDANCE),
+    "SanaTransformer2DModel": _transformer(
+        learned_sigma=True,
+        time_scale="timestep_scale",
+        guidance=GuidanceInput("guidance", "guidance_embeds", scale="guidance_embeds_scale"),
+    ),
     "WanTransformer3DModel": _transformer("blocks", time_embedding="time_embedder", frames=2),
-    "Lumina2Transformer2DModel": _transformer("layers", heard=_from_noise, negative=True),
+    "Lumina2Transformer2DModel": _transformer("layers", heard=_from_noise, negative=True, one_stream=True),
     "ZImageTransformer2DModel": _transformer(
         "layers",
         sample="x",
@@ -203,9 +238,16 @@ FAMILIES: dict[str, Family] = {
         negative=True,
         listed=True,
         time_embedding="t_embedder",
+        one_stream=True,
         unguided=0.0,
     ),
-    "QwenImageTransformer2DModel": _transformer(heard=_thousandth, packed=True, guidance=_GUIDANCE),
+    "QwenImageTransformer2DModel": _transformer(
+        heard=_thousandth,
+        packed=True,
+        first_layer="img_in",
+        guidance=_GUIDANCE,
+        text_mask=TextMask("encoder_hidden_states", "encoder_hidden_states_mask"),
+    ),
     "CogVideoXTransformer3DModel": _transformer(time_embedding="time_embedding", frames=1, tap_element=0),
     "VectorNetwork": Family("network", "sample", lambda network: "middle", _last_label, time_embedding="first"),
 }

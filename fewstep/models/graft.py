@@ -36,7 +36,7 @@ class Graft:
         names: of the inputs.
         scalars: where the network's grafts look. It is only filled during a pass, and so may carry the dual tensors
             of a forward derivative. Blocks that are computed again in the backward pass would find it empty.
-        own: the names of those that one adapter's view was given, and trains beside its adapter.
+        own: parts of the names of the parameters that one adapter's view trains beside its adapter, for its inputs.
     """
 
     names: tuple[str, ...] = ()
@@ -81,8 +81,7 @@ class Graft:
 
     def parameters(self, network: nn.Module) -> dict[str, nn.Parameter]:
         """The parameters of a view's own inputs in `network`, by name."""
-        places = [part_of_names(name) for name in self.own]
-        return {n: p for n, p in network.named_parameters() if any(place in n for place in places)}
+        return {n: p for n, p in network.named_parameters() if any(part in n for part in self.own)}
 
 
 def part_of_names(name: str) -> str:
@@ -107,7 +106,8 @@ class GraftedEmbedding(nn.Module):
         """What the base says `(B, D)`, and the embeddings of the scalars that the pass is told."""
         out = self.base(*args, **kwargs)
         for name, value in self.scalars.values.items():
-            out = out + self.second[name](value).to(out.dtype)
+            if name in self.second:  # an injection hears the others
+                out = out + self.second[name](value).to(out.dtype)
         return out
 
 

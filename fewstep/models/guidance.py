@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from fewstep.diffusion.prediction import Prediction
@@ -13,6 +14,8 @@ from fewstep.diffusion.process import Process, expand
 from fewstep.diffusion.solvers import Denoiser
 from fewstep.errors import UserError
 from fewstep.models.conditioning import Condition
+from fewstep.models.denoiser import NetworkDenoiser
+from fewstep.models.guidance_input import check_within, with_guidance
 from fewstep.rng import Rng
 
 WeakCondition = Literal["same", "unconditional"]
@@ -36,6 +39,8 @@ class Guided:
         weak_condition: what the weak model is told: the sample's condition (autoguidance), or what takes the null one's
             place.
         negative: a condition of one sample that guidance leads away from, in place of the null condition.
+        hears: the denoiser as a network that takes the scale as an input, by which one evaluation is the guided one;
+            None: guidance takes two.
 
     Raises:
         UserError: a scale other than 1 without a reference.
@@ -48,13 +53,14 @@ class Guided:
     weak: Denoiser | None = None
     weak_condition: WeakCondition = "same"
     negative: Condition | None = None
+    hears: NetworkDenoiser | None = None
 
     def __post_init__(self) -> None:
         if self._needs_null() and self._told_less is None and not self._off():
             raise UserError(f"teacher.guidance: {self.scale} needs a conditional teacher; this one takes 1.0 only")
 
     def _needs_null(self) -> bool:
-        return self.weak is None or self.weak_condition == "unconditional"
+        return self.hears is None and (self.weak is None or self.weak_condition == "unconditional")
 
     def _off(self) -> bool:
         return not isinstance(self.scale, Tensor) and self.scale == 1.0
@@ -82,6 +88,8 @@ class Guided:
             raise UserError(f"teacher.guidance: {self.scale} given; the scales come from method.guidance_range here")
         if self._needs_null() and self._told_less is None:
             raise UserError("method.guidance_range: guidance comes from a conditional teacher, and this run has none")
+        if self.hears is not None and self.hears.guidance_range is not None:
+            check_within(scales, self.hears.guidance_range)
         return replace(self, scale=scales)
 
     def drawn(self, rng: Rng, batch: int) -> Guided:
@@ -103,14 +111,16 @@ class Guided:
 
         Guidance is the same in every linear parametrisation, so it acts on the network's own output. Outside the
         interval that is the denoiser's own, to the bit; the reference is then left out only where looking costs
-        nothing, on a CPU.
+        nothing: on a CPU, in a process alone, for others may wait to gather the reference's weights with it.
 
         Raises:
             UserError: the scale is a range, and none was drawn from it.
         """
         scale = self._settled()
         inside = self._inside(t)
-        nowhere = inside is not None and t.device.type == "cpu" and not bool(inside.any())
+        if self.hears is not None and not self._off():
+            return self.hears(x_t, t, with_guidance(condition, _everywhere(scale, inside, t), self.hears))
+        nowhere = inside is not None and _looking_is_free(t) and not bool(inside.any())
         if self._off() or nowhere:
             return self.denoiser(x_t, t, condition)
         out, reference = self._both(x_t, t, condition)
@@ -150,3 +160,15 @@ class Guided:
         out = self.denoiser(torch.cat([x_t, x_t]), torch.cat([t, t]), both)
         conditional, unconditional = out.value.chunk(2)
         return Prediction(out.process, x_t, t, conditional, out.kind), unconditional
+
+
+def _looking_is_free(t: Tensor) -> bool:
+    """Whether a value may be read to save an evaluation: no device is waited for, and no other process waits here."""
+    alone = not (dist.is_available() and dist.is_initialized())
+    return alone and t.device.type == "cpu"
+
+
+def _everywhere(scale: float | Tensor, inside: Tensor | None, t: Tensor) -> Tensor:
+    """The scales `(B,)` that a network is told: outside the interval 1, which is off."""
+    told = scale if isinstance(scale, Tensor) else torch.full((len(t),), scale, device=t.device)
+    return told if inside is None else torch.where(inside, told, 1.0)

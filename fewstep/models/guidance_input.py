@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,64 +13,75 @@ from fewstep.diffusion.prediction import Prediction
 from fewstep.diffusion.process import Process
 from fewstep.diffusion.solvers import Denoiser
 from fewstep.errors import UserError
-from fewstep.models.conditioning import NATIVE_SCALE, Condition
-from fewstep.models.denoiser import NetworkDenoiser, freeze
-from fewstep.models.graft import WIDTH
-from fewstep.models.lora import Adapters
+from fewstep.models.conditioning import Condition
+from fewstep.models.denoiser import NetworkDenoiser
+from fewstep.models.families import GuidanceInput
+from fewstep.models.lora import BASE
 
 GUIDANCE = "guidance"
 
 
 def with_guidance_input(denoiser: NetworkDenoiser, scales: tuple[float, float]) -> NetworkDenoiser:
-    """The same network with weights of its own and an input for guidance scales, which it does not hear until trained.
+    """The same network with an input for guidance scales, which it does not hear until trained.
 
-    UNet2DConditionModel has such an input, which stock pipelines feed; every other class is given one beside its time.
+    An input that is there is kept. One of its class, which stock pipelines feed, is added where its pipelines look for
+    it; every other network is given one beside its time. Weights are the student's own, or those of an adapter's view,
+    which trains the input beside its adapter.
 
     Args:
         denoiser: the student so far.
         scales: the range of scales that it will be trained for.
 
     Raises:
-        UserError: its weights are shared by adapters, or there is no place for an input.
+        UserError: there is no place for an input.
     """
-    from diffusers import UNet2DConditionModel
+    place = denoiser.family.guidance
+    denoiser = replace(denoiser, fixed=Condition())
+    if own_input(denoiser) is None and GUIDANCE not in denoiser.graft.names:
+        add = None if place is None else place.add
+        denoiser = denoiser.with_scalar(GUIDANCE) if add is None else _with_layers(denoiser, add)
+    return replace(denoiser, guidance_range=scales)
 
-    if denoiser.adapters.names:
-        raise UserError("method.guidance_range: a new input needs weights of the student's own; leave out student.lora")
-    native = isinstance(denoiser.network, UNet2DConditionModel)
-    return replace(_native(denoiser) if native else denoiser.with_scalar(GUIDANCE), guidance_range=scales)
+
+def own_input(denoiser: NetworkDenoiser) -> GuidanceInput | None:
+    """The input for a guidance scale that the network's class has; None where it was made without."""
+    return denoiser.family.own_guidance(_config(denoiser))
 
 
-def _native(denoiser: NetworkDenoiser) -> NetworkDenoiser:
-    """With a zero `cond_proj`: diffusers draws it at random, and a student then does not start from its teacher."""
-    from diffusers import UNet2DConditionModel
+def _config(denoiser: NetworkDenoiser) -> Mapping[str, Any]:
+    return getattr(denoiser.network, "config", {})
 
-    assert isinstance(denoiser.network, UNet2DConditionModel)
-    if denoiser.network.config["time_cond_proj_dim"] is not None:
-        return denoiser
-    config: dict[str, Any] = {**denoiser.network.config, "time_cond_proj_dim": WIDTH}
-    network = UNet2DConditionModel.from_config(config, time_cond_proj_dim=WIDTH)
-    assert isinstance(network, UNet2DConditionModel)
-    projection = network.time_embedding.cond_proj
-    assert isinstance(projection, nn.Linear)
-    nn.init.zeros_(projection.weight)
-    network.load_state_dict({**denoiser.network.state_dict(), "time_embedding.cond_proj.weight": projection.weight})
-    moved = replace(denoiser, network=freeze(network), adapters=Adapters(network))
-    return moved.to(next(denoiser.network.parameters()).device)
+
+def _with_layers(denoiser: NetworkDenoiser, add: Callable[[nn.Module], str]) -> NetworkDenoiser:
+    """With weights of its own for the input, as `with_scalar`."""
+    grown = denoiser.copy() if denoiser.adapter == BASE else denoiser
+    part = add(grown.network)
+    return grown if denoiser.adapter == BASE else grown.owning(part)
 
 
 def with_guidance(condition: Condition, scale: Tensor, denoiser: NetworkDenoiser) -> Condition:
     """The condition with guidance scales `(B,)` in the form that the network hears.
 
-    diffusers' pipelines embed w = s − 1 as sines and cosines of 1000·w; in float32, where neighbouring scales differ.
-    An added input takes s itself, whose sinusoid is smooth enough for scales between those of training.
+    diffusers' pipelines embed w = s − 1 as sines and cosines of 1000·w for UNets, in float32, where neighbouring scales
+    differ; other classes are told s. An added input takes s itself, whose sinusoid is smooth enough for scales between
+    those of training.
     """
-    if GUIDANCE in denoiser.graft.names:
+    own = None if GUIDANCE in denoiser.graft.names else own_input(denoiser)
+    if own is None:
         return condition.with_scalar(GUIDANCE, scale)
-    projection = denoiser.network.get_submodule("time_embedding.cond_proj")
-    assert isinstance(projection, nn.Linear)
-    told = _embedding(scale.float() - 1, projection.in_features)
-    return Condition({**condition.batched, NATIVE_SCALE: told}, condition.shared)
+    width, told = _config(denoiser)[own.config], scale.float()
+    if not isinstance(width, bool):
+        told = _embedding(told - 1, width)
+    if own.scale is not None:
+        told = told * _config(denoiser)[own.scale]
+    return Condition({**condition.batched, own.argument: told}, condition.shared)
+
+
+def settled(denoiser: NetworkDenoiser, scale: float) -> NetworkDenoiser:
+    """A denoiser that takes guidance scales, told this one whatever else is asked of it."""
+    return replace(denoiser, fixed=with_guidance(Condition.none(), torch.tensor([scale]), denoiser)).to(
+        next(denoiser.network.parameters()).device
+    )
 
 
 def _embedding(w: Tensor, width: int) -> Tensor:
@@ -111,6 +123,17 @@ def at_scale(student: NetworkDenoiser, scale: float | None = None) -> Denoiser:
     if scale is not None and not low <= scale <= high:
         raise UserError(f"guidance: {scale:g} given; this student was trained for scales from {low:g} to {high:g}")
     return AtScale(student, middle(student.guidance_range) if scale is None else scale)
+
+
+def check_within(scales: tuple[float, float], taken: tuple[float, float]) -> None:
+    """Whether a teacher takes all scales of a method's range.
+
+    Raises:
+        UserError: it does not.
+    """
+    if not taken[0] <= scales[0] <= scales[1] <= taken[1]:
+        raise UserError(f"method.guidance_range: [{scales[0]:g}, {scales[1]:g}] given; the teacher takes scales from "
+                        f"{taken[0]:g} to {taken[1]:g}")  # fmt: skip
 
 
 def middle(scales: tuple[float, float]) -> float:

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.data.batch import Batch
+from fewstep.errors import UserError
 from fewstep.models.denoiser import NetworkDenoiser
-from fewstep.models.injection import Injection, Told, blocks_of, hidden_shapes, silent
+from fewstep.models.injection import Injection, Told, blocks_of, hidden_shapes, silent, taken_up
 
 NAME = "guide"
 
@@ -76,12 +77,22 @@ class _Level(nn.Module):
         return h + self.two(nn.functional.silu(inner))
 
 
+def _is_picture(x: torch.Size, shapes: tuple[torch.Size, ...]) -> bool:
+    """Whether x is vectors or `(1, C, H, W)`, and every block's output has a place for each square of its pixels."""
+    if len(x) == 2:
+        return True
+    return len(x) == 4 and all(_pixels(shape) * _factor(shape, x) ** 2 == x[-2:].numel() for shape in shapes)
+
+
+def _pixels(block: torch.Size) -> int:
+    return block[-2:].numel() if len(block) == 4 else block[1]
+
+
 def _factor(block: torch.Size, x: torch.Size) -> int:
     """How many pixels of x `(1, C, H, W)` a side of a pixel or token of the block spans; 0 for vectors."""
     if len(x) == 2:
         return 0
-    pixels = block[-2:].numel() if len(block) == 4 else block[1]
-    return math.isqrt(x[-2:].numel() // pixels)
+    return math.isqrt(x[-2:].numel() // _pixels(block))
 
 
 def _first(x: torch.Size, channels: int, factor: int) -> nn.Module:
@@ -105,20 +116,27 @@ def guide_for(
         width: of its embedding of scale, time and condition.
 
     Raises:
-        UserError: the network's blocks are not known.
+        UserError: what its blocks put out is no picture.
     """
     blocks = blocks_of(denoiser.network, "decoder")
     shapes = hidden_shapes(denoiser, blocks, example)
+    if denoiser.family.one_stream or not _is_picture(example.x.shape, shapes):
+        kind, block = type(denoiser.network).__name__, tuple(shapes[0][1:])
+        raise UserError(f"student: {kind} computes {block} of a sample {tuple(example.x.shape[1:])}, which is no grid "
+                        "that a guide's features fit on; agd's adapters take it")  # fmt: skip
     return Guide(blocks, shapes, example.x.shape, Told.of(denoiser, scales, example, width), channels)
 
 
 def with_guide(denoiser: NetworkDenoiser, guide: Guide) -> NetworkDenoiser:
     """The denoiser, its network frozen, changed in place and guided by a copy of `guide`, which stays as it is.
 
+    A guide that an earlier run has left in it is trained on in place of that.
+
     Raises:
         UserError: LoRA adapters share the network's weights.
     """
-    return copy.deepcopy(guide).install(denoiser, NAME, guide.told.scales)
+    earlier = taken_up(denoiser, NAME, guide.told.scales)
+    return copy.deepcopy(guide).install(denoiser, NAME, guide.told.scales) if earlier is None else earlier
 
 
 def guide_of(denoiser: NetworkDenoiser) -> Guide:

@@ -46,14 +46,17 @@ def along_trajectories(guided: Guided, batch: Batch, steps: int, solver: Teacher
     uniform in [0, 1): pure noise is always among them, and all other levels are as likely. Every evaluation of the
     teacher both moves a state and is a target, so that a target costs no more than at noised data.
 
+    Several processes make the trajectories of one where `steps` + 1 divides the batch of each; else their number is
+    rounded in each of them, and a run depends on how many processes there are.
+
     Args:
         guided: the teacher, with a range of scales; a trajectory has one.
-        batch: its first conditions are the trajectories', its samples only give their shape.
+        batch: every (`steps` + 1)th condition is a trajectory's, its samples only give their shape.
         steps: of the solver.
         solver: from one state to the next.
         rng: of scales, times and starting noise.
     """
-    rows = slice(0, max(1, len(batch.x) // (steps + 1)))
+    rows = slice(0, max(1, len(batch.x) // (steps + 1)) * (steps + 1), steps + 1)
     like, condition, process = batch.x[rows], batch.condition.rows(rows), guided.process
     teacher, u = guided.drawn(rng, len(like)), rng.uniform(len(like))
     x = process.prior(rng.normal(like))

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -18,43 +17,44 @@ from fewstep.diffusion.process import Process
 from fewstep.errors import UserError
 from fewstep.models.conditioning import LABELS, Condition
 from fewstep.models.denoiser import NetworkDenoiser
-from fewstep.models.families import scheduler_time
+from fewstep.models.families import family_of, scheduler_time
 from fewstep.models.graft import Graft, Scalars
 from fewstep.models.guidance_input import GUIDANCE
-from fewstep.models.taps import FeatureTap
+from fewstep.models.taps import FeatureTap, block_names
 
 Part = Literal["all", "decoder"]
 
-_BLOCKS: Mapping[str, str] = MappingProxyType(
-    {
-        "UNet2DModel": r"\.resnets\.\d+$",
-        "UNet2DConditionModel": r"\.transformer_blocks\.\d+$",
-        "DiTTransformer2DModel": r"^transformer_blocks\.\d+$",
-        "SD3Transformer2DModel": r"^transformer_blocks\.\d+$",
-        "VectorNetwork": r"^middle\.\d+$",
-    }
-)
-"""Names of the blocks whose output is added to: where attention reads the condition, else the residual blocks."""
-
-_TEXT = ("pooled_projections", "encoder_hidden_states")
+_INSIDE = (r"\.transformer_blocks\.\d+$", r"\.resnets\.\d+$")
+"""In a UNet's blocks, which return a tuple of residuals too: where attention reads the condition, else the others."""
+_TEXT = ("pooled_projections", "encoder_hidden_states", "cap_feats")
 _WAVES = 6
 
 
 def blocks_of(network: nn.Module, part: Part = "all") -> tuple[str, ...]:
-    """Names of the blocks that can be added to: all, or those of a UNet's decoder or of the second half.
+    """Names of the blocks whose output is added to: all, or those of a UNet's decoder or of the second half.
+
+    They are the blocks that the family lists, and of a UNet what these are made of.
 
     Raises:
-        UserError: fewstep does not know the network's blocks, or there are none.
+        UserError: fewstep does not know the network, or it has no blocks.
     """
     kind = type(network).__name__
-    pattern = _BLOCKS.get(kind)
-    found = [] if pattern is None else [name for name, _ in network.named_modules() if re.search(pattern, name)]
+    outer = set(block_names(network, family_of(kind)))
+    names = [name for name, _ in network.named_modules()]
+    inner = ([n for n in names if re.search(one, n) and not outer.isdisjoint(_above(n))] for one in _INSIDE)
+    found = next(filter(None, inner), [name for name in names if name in outer])
     if part == "decoder":
         upper = [name for name in found if name.startswith("up_blocks.")]
         found = upper or found[len(found) // 2 :]
     if not found:
-        raise UserError(f"student: {kind} has no blocks that guidance could be added to; known: {', '.join(_BLOCKS)}")
+        raise UserError(f"student: this {kind} has no blocks that guidance could be added to")
     return tuple(found)
+
+
+def _above(name: str) -> list[str]:
+    """The modules that a module is in."""
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts))]
 
 
 @torch.no_grad()
@@ -76,8 +76,7 @@ class Told(nn.Module):
 
     def __init__(self, process: Process, scales: tuple[float, float], example: Condition, classes: int, width: int):
         super().__init__()
-        ends = torch.tensor([process.t_min, process.t_max], dtype=torch.float64)
-        self.times: tuple[float, float] = tuple(scheduler_time(process, ends).tolist())
+        self.times: tuple[float, float] = tuple(_ends(process).tolist())
         self.scales, self.width = scales, width
         self.of_scale, self.of_time = (_layers(1 + 2 * _WAVES, width) for _ in range(2))
         self.of_label = nn.Embedding(classes + 1, width) if classes else None
@@ -89,16 +88,30 @@ class Told(nn.Module):
     def of(denoiser: NetworkDenoiser, scales: tuple[float, float], example: Batch, width: int) -> Told:
         """For the times, labels and text embeddings that this denoiser is told."""
         labels = None if denoiser.null is None else denoiser.null.labels
-        return Told(denoiser.process, scales, example.condition, 0 if labels is None else int(labels), width)
+        told = Told(denoiser.process, scales, example.condition, 0 if labels is None else int(labels), width)
+        first, last = denoiser.family.inputs(denoiser.network, example.x, _ends(denoiser.process))[denoiser.family.time]
+        told.times = float(first), float(last)
+        return told
 
     def forward(self, scale: Tensor, timestep: Tensor, condition: Mapping[str, Any]) -> Tensor:
         out = self.of_scale(_waves(scale, self.scales)) + self.of_time(_waves(timestep, self.times))
         if self.of_label is not None:
             out = out + self.of_label(condition[LABELS])
         for key, layer in self.of_text.items():
-            text = condition[key]
-            out = out + layer((text.mean(1) if text.ndim == 3 else text).to(out.dtype))
+            out = out + layer(_as_vectors(condition[key]).to(out.dtype))
         return self.mixed(out)
+
+
+def _ends(process: Process) -> Tensor:
+    """The scheduler's timesteps `(2,)` at clean data and at noise."""
+    return scheduler_time(process, torch.tensor([process.t_min, process.t_max], dtype=torch.float64))
+
+
+def _as_vectors(text: Tensor | Sequence[Tensor]) -> Tensor:
+    """Embeddings of tokens `(B, N, D)`, or one `(N, D)` a sample, by their mean; pooled ones `(B, D)` as they are."""
+    if not isinstance(text, Tensor):
+        return torch.stack([one.mean(0) for one in text])
+    return text.mean(1) if text.ndim == 3 else text
 
 
 def _layers(size: int, width: int) -> nn.Module:
@@ -123,12 +136,12 @@ class Injection(nn.Module):
         super().__init__()
         self.blocks = blocks
         self.scalars = Scalars()
-        self.sample = ""
+        self.sample, self.time, self.element = "", "", -1
         self.hears = False
 
     @abstractmethod
     def hear(self, sample: Tensor, scale: Tensor, told: Mapping[str, Any]) -> None:
-        """What a pass begins with: x_t `(B, *)`, the scales `(B,)`, and the network's other arguments."""
+        """What a pass begins with: x_t `(B, *)`, the scales `(B,)`, and the network's arguments, `timestep` one."""
 
     @abstractmethod
     def addition(self, index: int, hidden: Tensor) -> Tensor:
@@ -146,9 +159,14 @@ class Injection(nn.Module):
         """
         if denoiser.adapters.names:
             raise UserError("student.lora: the method brings adapters of its own; leave out student.lora")
-        assert not denoiser.graft.names, "a network with other added inputs"
+        if denoiser.graft.names or denoiser.guidance_range is not None:
+            inputs = ", ".join(denoiser.graft.names) or GUIDANCE
+            raise UserError(
+                f"student: its network has an input ({inputs}) already; the method adds guidance to one without"
+            )
         network = denoiser.network
-        self.sample, self.scalars = denoiser.family.sample, denoiser.graft.scalars
+        family, self.scalars = denoiser.family, denoiser.graft.scalars
+        self.sample, self.time, self.element = family.sample, family.time, family.tap_element
         network.requires_grad_(False)
         device = next(network.parameters()).device
         network.add_module(name, self.to(device))
@@ -167,14 +185,16 @@ class Injection(nn.Module):
         scale = self.scalars.values.get(GUIDANCE)
         self.hears = scale is not None
         if scale is not None:
-            self.hear(kwargs[self.sample], scale, kwargs)
+            self.hear(kwargs[self.sample], scale, {**kwargs, "timestep": kwargs[self.time]})
 
     def _add(self, index: int, _block: nn.Module, _args: Any, output: Any) -> Any:
-        """Of a block that returns text and image the image stream, which comes last, is added to."""
+        """Of a block that returns text and image the image stream is added to."""
         if not self.hears:
             return output
         if isinstance(output, tuple):
-            return (*output[:-1], self._sum(index, output[-1]))
+            parts = list(output)
+            parts[self.element] = self._sum(index, parts[self.element])
+            return tuple(parts)
         return self._sum(index, output)
 
     def _sum(self, index: int, hidden: Tensor) -> Tensor:
@@ -183,6 +203,25 @@ class Injection(nn.Module):
     def _end(self, _network: nn.Module, _args: Any, _output: Any) -> None:
         self.hears = False
         self.forget()
+
+
+def taken_up(denoiser: NetworkDenoiser, name: str, scales: tuple[float, float]) -> NetworkDenoiser | None:
+    """The denoiser as `install` would give it, with what its network has in it from an earlier run; None: nothing.
+
+    Raises:
+        UserError: that was made for other scales, or adapters share its weights.
+    """
+    there = dict(denoiser.network.named_children()).get(name)
+    if there is None:
+        return None
+    told = there.get_submodule("told")
+    assert isinstance(told, Told)
+    if denoiser.adapters.names:
+        raise UserError("student.lora: the method brings adapters of its own; leave out student.lora")
+    if scales != told.scales:
+        raise UserError(f"method.guidance_range: {list(scales)} given; what the student has in its network was made "
+                        f"for {list(told.scales)}")  # fmt: skip
+    return replace(denoiser, guidance_range=scales, fixed=Condition())
 
 
 def silent(layer: nn.Linear) -> nn.Linear:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,21 @@ from fewstep.diffusion.shift import EmpiricalMu
 from fewstep.errors import UserError, did_you_mean
 from fewstep.models.conditioning import Condition
 from fewstep.models.denoiser import NetworkDenoiser, freeze
+from fewstep.models.exported import MANIFEST, read_exported
 from fewstep.models.families import FAMILIES, Family, family_of
+from fewstep.models.graft import Graft
 from fewstep.models.lora import Adapters
 from fewstep.models.schedule import Schedule, alphas_cumprod, schedule_of
+from fewstep.models.stored_inputs import FACTS, Stored, add_adapters, load_stored, plain_config, plain_name
 
 NEW = ("UNet2DModel", "DiTTransformer2DModel")  # what learns from images and classes alone
-PARTS = ("model_index.json", *(f"*/*.{kind}" for kind in ("json", "safetensors", "txt", "model", "jinja")))
-"""What is fetched from the hub: the components' files, not the single-file checkpoints beside them."""
+PARTS = (
+    MANIFEST,
+    "model_index.json",
+    "pytorch_lora_weights.safetensors",
+    *(f"*/*.{kind}" for kind in ("json", "safetensors", "txt", "model", "jinja")),
+)
+"""What is fetched from the hub: the components' files and an export's own, not the single-file checkpoints beside."""
 VARIANTS = ("*.fp16.*", "*.bf16.*", "*.non_ema.*")
 EMBEDDED = Path(__file__).parent.parent / "data" / "assets" / "teachers"
 
@@ -44,8 +52,13 @@ def embedded_teachers() -> tuple[str, ...]:
     return tuple(sorted(p.name for p in EMBEDDED.iterdir() if p.is_dir())) if EMBEDDED.is_dir() else ()
 
 
-def resolve(path: str) -> Path:
+def resolve(path: str, place: str = "teacher.path", weights: bool = True) -> Path:
     """The pipeline folder of an embedded name, a folder, or a hub name (which is downloaded to the hub's cache).
+
+    Args:
+        path: the name.
+        place: where the user gave it, which a mistake is told with.
+        weights: whether those are downloaded too, beside what the components state of themselves.
 
     Raises:
         UserError: it is none of these.
@@ -56,21 +69,22 @@ def resolve(path: str) -> Path:
     if folder.is_dir():
         return folder
     if path.count("/") == 1 and not path.startswith((".", "/")):
-        return _from_hub(path)
+        return _from_hub(path, place, weights)
     near = did_you_mean(path, embedded_teachers())
     embedded = ", ".join(embedded_teachers()) or "none"
-    raise UserError(f"teacher.path: no folder or embedded teacher {path!r}{near}; embedded: {embedded}")
+    raise UserError(f"{place}: no folder or embedded teacher {path!r}{near}; embedded: {embedded}")
 
 
-def _from_hub(name: str) -> Path:
+def _from_hub(name: str, place: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
+    wanted = [pattern for pattern in PARTS if weights or not pattern.endswith(".safetensors")]
     try:
-        return Path(snapshot_download(name, allow_patterns=[*PARTS], ignore_patterns=[*VARIANTS]))
+        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=[*VARIANTS]))
     except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:
         told = first_line(error)
-        raise UserError(f"teacher.path: {name!r} is no folder, and the hub did not give it: {told}") from error
+        raise UserError(f"{place}: {name!r} is no folder, and the hub did not give it: {told}") from error
 
 
 def first_line(error: Exception) -> str:
@@ -78,17 +92,46 @@ def first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0]
 
 
-def load_denoiser(path: str, device: torch.device | str = "cpu") -> NetworkDenoiser:
+def load_denoiser(path: str, device: torch.device | str = "cpu", place: str = "teacher.path") -> NetworkDenoiser:
     """The frozen denoiser of a pipeline, with the process and the prediction its scheduler's config states.
+
+    An export hears the inputs that its student had; one of adapters alone is the pipeline they were made for, with
+    the adapters in its weights.
+
+    Args:
+        path: as for `resolve`.
+        device: where its weights are put; on the meta device they are neither read nor downloaded.
+        place: as for `resolve`.
 
     Raises:
         UserError: the folder is no pipeline, lacks a component, or holds a network that fewstep does not know.
     """
-    folder = resolve(path)
-    component = network_component(folder)
-    network = _load_network(folder, component, torch.device(device))
-    schedule = schedule_of_network(network, read_json(folder / "scheduler" / "scheduler_config.json"))
-    return make_denoiser(network, schedule).to(device)
+    folder = resolve(path, place, torch.device(device).type != "meta")
+    exported = read_exported(folder)
+    home = pipeline_folder(folder)
+    component = network_component(home)
+    stored = _load_network(home, component, torch.device(device))
+    if exported.adapters is not None and torch.device(device).type != "meta":
+        add_adapters(stored.network, folder / exported.adapters, component)
+    scheduler = exported.schedule or read_json(folder / "scheduler" / "scheduler_config.json")
+    made = make_denoiser(stored.network, schedule_of_network(stored.network, scheduler))
+    scales = stored.guidance_range or exported.guidance_range
+    return replace(made, graft=stored.graft, guidance_range=scales).to(device)
+
+
+def pipeline_folder(folder: Path) -> Path:
+    """The folder with the components: itself, or that of the pipeline that an export's adapters go onto.
+
+    Raises:
+        UserError: that pipeline is not there.
+    """
+    base = read_exported(folder).base
+    if base is None:
+        return folder
+    try:
+        return resolve(base)
+    except UserError as error:
+        raise UserError(f"{folder}: adapters for {base!r}, which is no folder, embedded teacher or hub name") from error
 
 
 def schedule_of_network(network: nn.Module, scheduler: Mapping[str, Any]) -> Schedule:
@@ -105,7 +148,8 @@ def make_denoiser(network: nn.Module, schedule: Schedule) -> NetworkDenoiser:
     """A frozen denoiser around a network of a known class."""
     family = family_of(type(network).__name__)
     null = _null_condition(network, family)
-    return NetworkDenoiser(freeze(network), family, schedule.process, schedule.kind, null, Adapters(network))
+    return NetworkDenoiser(freeze(network), family, schedule.process, schedule.kind, null, Adapters(network),
+                           preconditioning=schedule.preconditioning)  # fmt: skip
 
 
 def _null_condition(network: nn.Module, family: Family) -> Condition | None:
@@ -136,7 +180,7 @@ def network_component(folder: Path) -> str:
     if not (folder / "model_index.json").is_file() and (folder / "config.json").is_file():
         raise UserError(f"{folder}: one component, without a model_index.json; give the pipeline folder above it")
     index = read_json(folder / "model_index.json")
-    found = [key for key, value in index.items() if isinstance(value, list) and value[-1] in FAMILIES]
+    found = [key for key, value in index.items() if isinstance(value, list) and _is_known(value[-1])]
     if len(found) > 1:
         raise UserError(f"{folder}: {' and '.join(found)} are networks both; pipelines of one network are known")
     if not found:
@@ -147,28 +191,34 @@ def network_component(folder: Path) -> str:
     return found[0]
 
 
+def _is_known(class_name: object) -> bool:
+    return isinstance(class_name, str) and plain_name(class_name) in FAMILIES
+
+
 def network_class(config: Mapping[str, Any]) -> Any:
-    """The class of diffusers that a network's config names.
+    """The class of diffusers that a network's config names, or that it adds inputs to.
 
     Raises:
         UserError: fewstep does not know it.
     """
     import diffusers
 
-    name = config.get("_class_name", "")
+    name = plain_config(config)["_class_name"]
     family_of(name)
     return getattr(diffusers, name)
 
 
-def _load_network(folder: Path, component: str, device: torch.device) -> nn.Module:
+def _load_network(folder: Path, component: str, device: torch.device) -> Stored:
     """The network with its weights; on the meta device with their shapes alone."""
     config = read_json(folder / component / "config.json")
     cls = network_class(config)
-    if not any((folder / component).glob("*.safetensors")):
+    if device.type != "meta" and not any((folder / component).glob("*.safetensors")):
         raise UserError(f"{folder / component}: no *.safetensors; the weights cannot be read from another format")
+    if FACTS in config:
+        return load_stored(folder / component, config, device)
     if device.type == "meta":
         with device:
-            return cls.from_config(config)
+            return Stored(cls.from_config(config), Graft(), None)
     try:
         network: nn.Module = cls.from_pretrained(folder / component, torch_dtype=torch.float32, use_safetensors=True)
     except (OSError, ValueError, RuntimeError) as error:
@@ -176,7 +226,7 @@ def _load_network(folder: Path, component: str, device: torch.device) -> nn.Modu
     missing = [key for key, value in network.state_dict().items() if value.is_meta]
     if missing:  # diffusers only warns
         raise UserError(f"{folder / component}: the weights cannot be read: {missing[0]} is missing")
-    return network
+    return Stored(network, Graft(), None)
 
 
 def new_denoiser(spec: NewNetwork, shape: Shape, seed: int) -> NetworkDenoiser:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.models.shards import is_spread, local
+from fewstep.models.stretches import in_float32, stretches
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,6 @@ class Average:
     def __post_init__(self) -> None:
         self._shadow = [local(self.shadow[name]) for name in self.source.parameters]
         self._source = [local(p) for p in self.source.parameters.values()]
-        self._narrow = any(p.dtype != torch.float32 for p in self._source)
 
     @staticmethod
     def of(source: Player, decay: float, warmup: bool = True) -> Average:
@@ -63,9 +63,17 @@ class Average:
         """Shadow ← decay·shadow + (1 − decay)·source."""
         early = (1 + self.updates) / (10 + self.updates)
         decay = min(self.decay, early) if self.warmup else self.decay
-        source = [p.float() for p in self._source] if self._narrow else self._source
-        torch._foreach_lerp_(self._shadow, source, 1 - decay)
+        if any(p.dtype != torch.float32 for p in self._source):
+            self._follow_narrow(1 - decay)
+        else:
+            torch._foreach_lerp_(self._shadow, self._source, 1 - decay)
         self.updates += 1
+
+    def _follow_narrow(self, share: float) -> None:
+        """The same where the source is kept in fewer bits, by float32 copies of a stretch of it at a time."""
+        shadows = iter(self._shadow)
+        for stretch in stretches(self._source):
+            torch._foreach_lerp_([next(shadows) for _ in stretch], in_float32(stretch), share)
 
     @torch.no_grad()
     def restart(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -13,9 +14,7 @@ from fewstep import registry
 from fewstep.config import RunConfig, Teacher
 from fewstep.data.batch import Batch
 from fewstep.data.cache_fit import told_by
-from fewstep.data.cached import CachedLatents
 from fewstep.data.loader import Loader
-from fewstep.data.samples import Unlabelled
 from fewstep.data.sources import Dataset, open_dataset
 from fewstep.diffusion.process import same_process
 from fewstep.diffusion.solvers import Denoiser
@@ -27,6 +26,7 @@ from fewstep.models.load import Shape, load_denoiser, new_denoiser, resolve
 from fewstep.models.players import Average
 from fewstep.rng import Rng
 from fewstep.section import found
+from fewstep.training.encoding import encoded_by_the_run, unlabelled
 from fewstep.training.host_memory import keep_freed_memory
 from fewstep.training.loop import TrainState
 from fewstep.training.method import Method, Setup
@@ -34,6 +34,15 @@ from fewstep.training.networks import prepare_networks
 from fewstep.training.offload import offload_to_host
 from fewstep.training.optim import make_optimizers
 from fewstep.training.sharding import denoisers, refuse_with_sharding, shard
+from fewstep.training.starting import (
+    at_one_scale,
+    hears_scales,
+    open_student,
+    open_teacher,
+    refuse_inputs,
+    refuse_other_scales,
+    refuse_unheard,
+)
 
 EMA = "ema"
 PLAIN = (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU, DistributedType.MULTI_NPU)
@@ -65,19 +74,21 @@ def open_sources(config: RunConfig, device: torch.device | str = "cpu") -> Sourc
     """
     dataset = open_dataset(config.data.name, size=config.data.size, seed=config.run.seed, split="train",
                            path=config.data.path, options=config.data.options)  # fmt: skip
-    if isinstance(dataset, CachedLatents) and config.train.sample_every:
-        raise UserError("train.sample_every: a cache holds latents, and its run has no VAE to show them; set it to 0")
-    teacher = load_denoiser(config.teacher.path, device) if config.teacher.path else None
+    teacher = open_teacher(config.teacher, device)
+    dataset = encoded_by_the_run(config, dataset, device)
     if teacher is not None:
-        teacher = told_by(dataset, teacher, "teacher", resolve(str(config.teacher.path))).sized(dataset.shape)
+        teacher = told_by(dataset, teacher, "teacher", _folder(config.teacher.path, device)).sized(dataset.shape)
     student = _first_student(config, teacher, dataset, device)
-    student = told_by(dataset, student, "student", resolve(config.student.path) if config.student.path else None)
-    student = student.sized(dataset.shape)
+    student = told_by(dataset, student, "student", _folder(config.student.path, device)).sized(dataset.shape)
     for name, denoiser in (("teacher", teacher), ("student", student)):
         if denoiser is not None:
             _check_fit(name, denoiser, dataset)
     weak = _weak_teacher(config.teacher.weak, teacher, device)
-    return Sources(dataset if student.null is not None else Unlabelled(dataset), teacher, student, weak)
+    return Sources(dataset if student.null is not None else unlabelled(dataset), teacher, student, weak)
+
+
+def _folder(path: str | None, device: torch.device | str) -> Path | None:
+    return None if path is None else resolve(path, weights=torch.device(device).type != "meta")
 
 
 def _weak_teacher(
@@ -85,10 +96,8 @@ def _weak_teacher(
 ) -> NetworkDenoiser | None:
     if path is None or teacher is None:
         return None
-    try:
-        weak = load_denoiser(path, device)
-    except UserError as error:
-        raise UserError(str(error).replace("teacher.path:", "teacher.weak:")) from error
+    weak = load_denoiser(path, device, "teacher.weak")
+    refuse_inputs(weak, f"teacher.weak: {path}")
     if not same_process(weak.process, teacher.process):
         raise UserError(f"teacher.weak: the noise schedule of {path} is another than the teacher's; they must agree")
     for what, (its, ours) in {
@@ -117,21 +126,14 @@ def _first_student(
         shape = Shape(channels, side, len(dataset.classes))
         return new_denoiser(config.student.new, shape, config.run.seed).to(device)
     if config.student.path is not None:
-        return _from_folder(config.student.path, teacher, device)
+        return open_student(config.student.path, teacher, config.teacher, device)
     if teacher is None:
         raise UserError("teacher.path: missing; give a teacher, or student.new for a network from scratch")
     if config.student.lora is None:
-        return teacher.copy()
+        return at_one_scale(teacher.copy(), config.teacher)
     teacher.adapters.convolutions = config.student.lora_convolutions
     with _seeded(config.run.seed):
-        return teacher.lora_view("student", config.student.lora)
-
-
-def _from_folder(path: str, teacher: NetworkDenoiser | None, device: torch.device | str) -> NetworkDenoiser:
-    student = load_denoiser(path, device)
-    if teacher is not None and not same_process(student.process, teacher.process):
-        raise UserError(f"student.path: the noise schedule of {path} is another than the teacher's; they must agree")
-    return student
+        return at_one_scale(teacher.lora_view("student", config.student.lora), config.teacher)
 
 
 @contextmanager
@@ -162,10 +164,13 @@ def build_method(config: RunConfig, sources: Sources) -> Method:
     if cls.needs_teacher and sources.teacher is None:
         raise UserError(f"teacher.path: missing; {config.method.name} distils a teacher")
     guided = guided_teacher(config.teacher, sources)
+    sampler = cls.sampler(config.method, sources.student.process, config.student.steps)
+    refuse_unheard(sources.student, sampler, config.method.name)
     setup = Setup(sources.student, sources.teacher, guided, config.student.steps, config.train.steps,
                   _example(sources))  # fmt: skip
     method = cls(config.method, setup)
     _refuse_idle_guidance(config.teacher, method)
+    refuse_other_scales(method.student, guided.hears if guided else None)
     method.critics = replace(method.critics, teacher=guided)
     method.averages = {**method.averages, EMA: Average.of(method.players["student"], config.train.ema)}
     return method
@@ -182,7 +187,7 @@ def guided_teacher(config: Teacher, sources: Sources) -> Guided | None:
     null = getattr(sources.teacher, "null", None)
     negative = None if config.negative is None else _negative(config.negative, null)
     return Guided(sources.teacher, null, config.guidance, config.guidance_interval, sources.weak,
-                  config.weak_condition, negative)  # fmt: skip
+                  config.weak_condition, negative, hears_scales(sources.teacher))  # fmt: skip
 
 
 def _negative(label: int, null: Condition | None) -> Condition:
@@ -211,13 +216,13 @@ def make_accelerator(config: RunConfig) -> Accelerator:
     """Device, precision and processes, as `accelerate launch` or a plain start gives them."""
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
-    precision = "bf16" if config.train.precision == "bf16" else "no"
+    precision = "no" if config.train.precision == "fp32" else "bf16"
     accelerator = Accelerator(mixed_precision=precision)
-    if accelerator.device.type == "cpu":
-        keep_freed_memory()
     if accelerator.distributed_type not in (DistributedType.NO, *PLAIN):
         raise UserError(f"accelerate: distributed_type {accelerator.distributed_type.value} given; give MULTI_GPU, and "
                         "train.shard=full to spread networks over the processes")  # fmt: skip
+    if accelerator.device.type == "cpu":
+        keep_freed_memory()
     return accelerator
 
 
@@ -237,14 +242,14 @@ def assemble(config: RunConfig, sources: Sources, accelerator: Accelerator) -> T
         method = build_method(config, sources)
     # After the method is built: a compiled network would not see the taps that it adds.
     held = list(denoisers((sources.teacher, sources.weak, *vars(method).values())))
-    prepare_networks(config, method.players, held, accelerator.device)
+    prepare_networks(config, method.players, held, accelerator.device, method.averages.values())
     refuse_with_sharding(config)
     if config.train.shard == "full" and world > 1:
         shard(method, held, accelerator.device, world)
     rank = accelerator.process_index
     loader = Loader(sources.dataset, micro, seed=config.run.seed, rank=rank, world=world, workers=config.data.workers)
     rng = Rng(config.run.seed, accelerator.device, rank, world)
-    optimizers = make_optimizers(method.players, config.optim)
+    optimizers = make_optimizers(method.players, config.optim, rng)
     state = TrainState(config, method, optimizers, loader, rng, accelerator)
     if config.memory.offload:
         networks = [one.network for one in held]

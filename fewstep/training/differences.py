@@ -19,6 +19,7 @@ _FREE_TO_CHANGE = (
     "train.keep_every",
     "train.log_every",
     "train.sample_every",
+    "train.sample_prompts",
     "train.max_bad_steps",
     "train.resume",
     "train.threads",
@@ -27,6 +28,7 @@ _FREE_TO_CHANGE = (
     "train.trackers",
     "memory.checkpoint",
     "memory.offload",
+    "memory.encoders",
     "data.workers",
 )
 _FREE_SECTIONS = ("health.", "evaluate.")  # they look on

@@ -25,7 +25,7 @@ def make_8bit(parameters: Sequence[nn.Parameter], config: Optim, lr: float, weig
         library = importlib.import_module("bitsandbytes.optim")
     except ImportError as error:
         raise UserError(
-            f"optim.kind: {config.kind} given, but bitsandbytes cannot be imported; pip install bitsandbytes"
+            f"optim.kind: {config.kind} given, but bitsandbytes cannot be imported; pip install 'fewstep[bitsandbytes]'"
         ) from error
     device = parameters[0].device.type
     if device != "cuda":

@@ -12,7 +12,8 @@ from fewstep.errors import RunError
 from fewstep.training.processes import lost_another, several
 from fewstep.training.retention import list_checkpoints
 
-_OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM}
+_OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.EACCES, errno.EPERM,
+                errno.ESTALE}  # fmt: skip
 
 
 def what_is_left(checkpoints: Path) -> str:
@@ -34,7 +35,7 @@ def ends_told(checkpoints: Path) -> Iterator[None]:
     except DataFault as error:
         raise RunError(f"{error}; {what_is_left(checkpoints)}") from error
     except OSError as error:
-        if error.errno not in _OF_THE_DISK:
+        if error.errno not in _OF_THE_DISK and not _is_gone(checkpoints.parent, error):
             raise
         place = error.filename or checkpoints.parent
         raise RunError(f"{place}: cannot be written ({error.strerror}); {what_is_left(checkpoints)}") from error
@@ -42,3 +43,8 @@ def ends_told(checkpoints: Path) -> Iterator[None]:
         if not (several() and lost_another(error)):
             raise
         raise RunError(f"another process of this run has gone; {what_is_left(checkpoints)}") from error
+
+
+def _is_gone(run: Path, error: OSError) -> bool:
+    """Whether somebody has removed the folder that a file of the run was to be written to."""
+    return error.errno == errno.ENOENT and error.filename is not None and Path(error.filename).is_relative_to(run)

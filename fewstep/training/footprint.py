@@ -36,7 +36,8 @@ _HALVED = {
 }
 """What mixed precision computes in bfloat16 on CUDA."""
 
-_WHOLE = {nn.functional.group_norm, nn.functional.layer_norm, nn.functional.softmax, nn.functional.softplus}
+_WHOLE = {nn.functional.group_norm, nn.functional.layer_norm, nn.functional.rms_norm, torch.rms_norm,
+          nn.functional.softmax, nn.functional.softplus}  # fmt: skip
 """What it computes in float32; all else keeps the precision that it is given."""
 
 _LOOKED_AT = 128
@@ -139,11 +140,11 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def _moments(parameters: Iterable[Tensor], optim: Optim) -> int:
-    """Two float32 moments and a count for each tensor; or two bytes a number, and a float32 for each 256 of them."""
-    sizes = [p.numel() for p in parameters]
+    """Two moments like the tensor and a count for each; or two bytes a number, and a float32 for each 256 of them."""
+    found = list(parameters)
     if optim.kind == "adamw":
-        return sum(8 * n + 4 for n in sizes)
-    return sum(2 * n + 2 * 4 * -(-n // 256) for n in sizes)
+        return sum(2 * p.numel() * p.element_size() + 4 for p in found)
+    return sum(2 * p.numel() + 2 * 4 * -(-p.numel() // 256) for p in found)
 
 
 def _kinds(state: TrainState) -> dict[str, int]:
@@ -166,7 +167,7 @@ def _turn(state: TrainState, step: int, networks: Iterable[nn.Module], names: Ma
     with ExitStack() as stack:
         calls = stack.enter_context(_counted(networks, names))
         held = stack.enter_context(_saved(weights))
-        stack.enter_context(_Kernels(state.config.train.precision == "bf16"))
+        stack.enter_context(_Kernels(state.config.train.precision != "fp32"))
         turn.loss(batch, _rng(state))
     trained = [p for name in turn.trains for p in state.method.players[name].parameters.values()]
     return TurnNeeds(turn.trains, dict(calls), held[0], _bytes(trained))

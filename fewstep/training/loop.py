@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor
 
@@ -102,14 +103,24 @@ def _accumulate(state: TrainState, turn: Turn) -> Terms:
     """Gradients of the turn's loss, averaged over the step's micro-batches; the last one's terms."""
     count = state.config.train.accumulate
     terms = Terms({})
+    if "graphs" in state.config.train.compile_modes:
+        torch.compiler.cudagraph_mark_step_begin()  # what the graphs of the last step put out may be overwritten
     for _ in range(count):
         batch = state.next_batch()
         state.clock.start()
         with state.accelerator.autocast():
             terms = turn.loss(batch, state.rng)
-        (terms.total / count).backward()
+        (terms.total * _finite(terms.total) / count).backward()
         state.clock.stop()
     return terms.detach()
+
+
+def _finite(loss: Tensor) -> Tensor:
+    """1 `()`, or NaN where a loss is not finite: then its gradients are not either, and no process takes the step.
+
+    Of themselves they may well be finite, where what overflowed does not depend on a weight.
+    """
+    return 1 + 0 * loss.detach()
 
 
 def _update(state: TrainState, turn: Turn) -> Mapping[str, Tensor]:

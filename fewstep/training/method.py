@@ -146,6 +146,8 @@ class Claims:
         exact_map: the student follows the teacher's own trajectories, so that its error to the exact flow map counts.
         guided: the student imitates the guided teacher with one evaluation a step, at the teacher's steps.
         pairs: it learns from the teacher's stored pairs, and its config has a field `pairs`.
+        follows_ode: the student is the velocity of an ODE at every time, which a solver may follow in any number of
+            steps, so that it can be a teacher; those of `guided` and those that are no few-step students are besides.
     """
 
     steps: tuple[int, ...] = (1, 2, 4)
@@ -153,6 +155,7 @@ class Claims:
     exact_map: bool = False
     guided: bool = False
     pairs: bool = False
+    follows_ode: bool = False
 
 
 class Method(ABC):

@@ -13,8 +13,15 @@ from torch import Tensor, nn
 from fewstep.config import Optim, PlayerOptim
 from fewstep.errors import UserError, did_you_mean
 from fewstep.models.players import Player
+from fewstep.models.precision import is_narrow
 from fewstep.models.shards import is_spread, local
+from fewstep.models.stretches import stretches
+from fewstep.rng import Rng
 from fewstep.training.eight_bits import make_8bit, step_unless_bad
+from fewstep.training.rounding import Rounded
+
+_EXCHANGED = 2**27
+"""Numbers of gradients that processes exchange at once: half a gigabyte."""
 
 
 @dataclass
@@ -57,6 +64,7 @@ class PlayerOptimizer:
         skips: the steps that were left out.
         leaves: what AdamW moves, by name: the parameters themselves, or this process's parts of spread ones.
         fused: whether it is torch's fused one, which reads on the device whether to step; another's asks the host.
+        rounded: the leaves in bfloat16; None: there are none.
     """
 
     player: Player
@@ -65,6 +73,7 @@ class PlayerOptimizer:
     skips: Skips
     leaves: Mapping[str, nn.Parameter]
     fused: bool = True
+    rounded: Rounded | None = None
 
     def step(self, factor: float, clip: float | None) -> Tensor:
         """Average the gradients over processes, clip, step at `factor` × the peak rate; the norm before clipping.
@@ -85,6 +94,8 @@ class PlayerOptimizer:
             # What torch's gradient scalers use: the kernel reads both on the device, and divides as it goes.
             self.adamw.grad_scale = scale  # pyright: ignore[reportAttributeAccessIssue]
             self.adamw.found_inf = bad  # pyright: ignore[reportAttributeAccessIssue]
+            if self.rounded is not None:
+                self.rounded.step(self.adamw, scale, bad)
             self.adamw.step()
         else:
             step_unless_bad(self.adamw, norm, scale)
@@ -106,8 +117,13 @@ class PlayerOptimizer:
         self.adamw.state.clear()
 
 
-def make_optimizers(players: Mapping[str, Player], config: Optim) -> dict[str, PlayerOptimizer]:
+def make_optimizers(players: Mapping[str, Player], config: Optim, rng: Rng | None = None) -> dict[str, PlayerOptimizer]:
     """An optimizer for every player, with the config's overrides.
+
+    Args:
+        players: by name.
+        config: of the run.
+        rng: what weights in bfloat16 are rounded by; needed where there are some.
 
     Raises:
         UserError: an override names a player that the method does not have.
@@ -116,10 +132,11 @@ def make_optimizers(players: Mapping[str, Player], config: Optim) -> dict[str, P
         if name not in players:
             known = ", ".join(players)
             raise UserError(f"optim.players.{name}: no such player{did_you_mean(name, players)}; players: {known}")
-    return {name: _make(player, config, config.players.get(name, PlayerOptim())) for name, player in players.items()}
+    own = {name: config.players.get(name, PlayerOptim()) for name in players}
+    return {name: _make(player, config, own[name], rng) for name, player in players.items()}
 
 
-def _make(player: Player, config: Optim, own: PlayerOptim) -> PlayerOptimizer:
+def _make(player: Player, config: Optim, own: PlayerOptim, rng: Rng | None) -> PlayerOptimizer:
     lr = own.lr if own.lr is not None else config.lr
     decay = own.weight_decay if own.weight_decay is not None else config.weight_decay
     leaves = {name: _leaf(parameter) for name, parameter in player.parameters.items()}
@@ -130,7 +147,17 @@ def _make(player: Player, config: Optim, own: PlayerOptim) -> PlayerOptimizer:
     else:
         adamw = make_8bit(parameters, config, lr, decay)
     zero = torch.zeros((), device=parameters[0].device)
-    return PlayerOptimizer(player, adamw, lr, Skips(zero, zero.clone()), leaves, fused)
+    return PlayerOptimizer(player, adamw, lr, Skips(zero, zero.clone()), leaves, fused, _rounded(player, leaves, rng))
+
+
+def _rounded(player: Player, leaves: Mapping[str, nn.Parameter], rng: Rng | None) -> Rounded | None:
+    narrow = {name: leaf for name, leaf in leaves.items() if is_narrow(leaf)}
+    if not narrow:
+        return None
+    assert rng is not None, "weights in bfloat16 are rounded by a random stream"
+    spread = {name for name in narrow if is_spread(player.parameters[name])}
+    complete, parts = (tuple(leaf for name, leaf in narrow.items() if (name in spread) == own) for own in (False, True))
+    return Rounded(complete, parts, rng)
 
 
 def _leaf(parameter: nn.Parameter) -> nn.Parameter:
@@ -152,16 +179,24 @@ def lr_factor(config: Optim, step: int, steps: int) -> float:
 
 def gradient_norm(complete: Sequence[nn.Parameter], parts: Sequence[nn.Parameter]) -> Tensor:
     """The norm `()` over all gradients: of parameters that every process has, and of this process's parts of others."""
-    norm = torch.nn.utils.get_total_norm([p.grad for p in complete if p.grad is not None], foreach=True)
+    norm = _norm([p.grad for p in complete if p.grad is not None])
     if not parts:
         return norm
-    squared = torch.nn.utils.get_total_norm([p.grad for p in parts if p.grad is not None], foreach=True).square()
+    squared = _norm([p.grad for p in parts if p.grad is not None]).square()
     dist.all_reduce(squared)
     return (squared + norm.to(squared).square()).sqrt()
 
 
+def _norm(gradients: Sequence[Tensor]) -> Tensor:
+    """Summed in float32 at least, whatever they are kept in, each precision in one call."""
+    wide, narrow = [g for g in gradients if not is_narrow(g)], [g for g in gradients if is_narrow(g)]
+    norms = [*torch._foreach_norm(wide, 2)] if wide else []
+    norms += torch._foreach_norm(narrow, 2, torch.float32) if narrow else ()
+    return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+
+
 def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
-    """Replace gradients by their mean over processes, in one exchange; nothing happens in a single process.
+    """Replace gradients by their mean over processes, taken in float32; nothing happens in a single process.
 
     This is done here, at the optimizer step, instead of by DistributedDataParallel: a distillation step runs
     several networks several times, differentiates through frozen ones and accumulates, and each of these is a known
@@ -170,8 +205,9 @@ def average_gradients(parameters: Iterable[torch.nn.Parameter]) -> None:
     gradients = [p.grad for p in parameters if p.grad is not None]
     if not gradients or not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return
-    flat = torch.cat([g.reshape(-1) for g in gradients])
-    dist.all_reduce(flat)
-    flat /= dist.get_world_size()
-    parts = flat.split([g.numel() for g in gradients])
-    torch._foreach_copy_(gradients, [part.view_as(g) for part, g in zip(parts, gradients, strict=True)])
+    for stretch in stretches(gradients, _EXCHANGED):
+        flat = torch.cat([g.reshape(-1) for g in stretch]).float()
+        dist.all_reduce(flat)
+        flat /= dist.get_world_size()
+        parts = flat.split([g.numel() for g in stretch])
+        torch._foreach_copy_(stretch, [part.view_as(g) for part, g in zip(parts, stretch, strict=True)])

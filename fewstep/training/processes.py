@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 
@@ -20,13 +22,26 @@ def true_in_any(flag: bool, device: torch.device) -> bool:
     return bool(told)
 
 
-def equal_in_all(number: int, device: torch.device) -> bool:
-    """Whether all processes have the same `number`; all must ask."""
+def told_by_all(text: str, device: torch.device) -> list[str]:
+    """What every process tells, by rank; all must tell, and none goes on before all have.
+
+    Bytes are exchanged, not objects: torch would pickle those.
+    """
     if not several():
-        return True
-    told = torch.tensor([number, -number], device=device)
-    dist.all_reduce(told, dist.ReduceOp.MAX)
-    return bool(told[0] == -told[1])
+        return [text]
+    own = torch.tensor(list(text.encode()), dtype=torch.uint8, device=device)
+    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, torch.tensor([len(own)], device=device))
+    longest = max(1, *(int(size) for size in sizes))
+    padded = torch.nn.functional.pad(own, (0, longest - len(own)))
+    told = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(told, padded)
+    return [bytes(one[: int(size)].tolist()).decode() for one, size in zip(told, sizes, strict=True)]
+
+
+def own_share(work: Sequence[str]) -> Sequence[str]:
+    """What of `work`, the same in all processes, this one does."""
+    return work[dist.get_rank() :: dist.get_world_size()] if several() else work
 
 
 def lost_another(error: RuntimeError) -> bool:

@@ -47,3 +47,5 @@ def point_at(checkpoint: Path) -> None:
     with suppress(OSError):
         fresh.symlink_to(checkpoint.name, target_is_directory=True)
         os.replace(fresh, link)
+    with suppress(OSError):  # where something else is called so: a folder, of a copy that follows links
+        fresh.unlink()

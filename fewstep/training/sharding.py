@@ -8,15 +8,19 @@ from dataclasses import fields, is_dataclass
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from fewstep.config import RunConfig
 from fewstep.errors import UserError
 from fewstep.models.denoiser import NetworkDenoiser
 from fewstep.models.families import Family
 from fewstep.models.players import Average, Player
+from fewstep.models.precision import is_narrow
 from fewstep.models.shards import spread_like
 from fewstep.training.method import Method
+
+_SUMS = MixedPrecisionPolicy(reduce_dtype=torch.float32)
+"""Gradients are added in float32, whatever precision they are kept in."""
 
 
 def refuse_with_sharding(config: RunConfig) -> None:
@@ -51,7 +55,9 @@ def shard(method: Method, found: Iterable[NetworkDenoiser], device: torch.device
     """Spread a method's networks over all processes, with its players and averages, in place.
 
     A network whose features are tapped stays whole in every process, and its gradients are averaged as without
-    sharding: FSDP2 gathers a gradient at the network's own output, which a loss on features does not touch.
+    sharding: FSDP2 gathers a gradient at the network's own output, which a loss on features does not touch. Where
+    weights are in bfloat16, what stayed in float32 (norms, embeddings) is whole in every process too: FSDP2 keeps one
+    precision.
 
     Args:
         method: whose players and averages follow their networks.
@@ -68,10 +74,12 @@ def shard(method: Method, found: Iterable[NetworkDenoiser], device: torch.device
     for one in networks.values():
         before = dict(one.network.named_parameters())
         _contiguous(one.network)
+        narrow = any(is_narrow(p) for p in before.values())
+        beside = {p for p in before.values() if narrow and not is_narrow(p)}
         for part in (*_blocks(one.network, one.family), one.network):
             # The outermost part too is given up after its forward pass: one that stays gathered does not hear whether
             # its weights train now.
-            fully_shard(part, mesh=mesh, reshard_after_forward=True)
+            fully_shard(part, mesh=mesh, reshard_after_forward=True, mp_policy=_SUMS, ignored_params=beside)
         after = dict(one.network.named_parameters())
         old += before.values()
         new |= {id(before[name]): after[name] for name in before}

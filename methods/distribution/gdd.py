@@ -35,10 +35,11 @@ class GDDConfig(Adversary, MethodConfig):
     train: Literal["all", "innate"] = "all"
     """`all` is GDD; `innate`, GDD-I, freezes the blocks' convolutions and output projections (of transformers the
     feed-forward layers, of the network of `fewstep verify` the residual layers): norms, embeddings, queries, keys,
-    values, shortcuts, first and last layers train."""
+    values, shortcuts, first and last layers train. Under `student.lora` it leaves out the adapters of those layers."""
     features: Literal["student_copy", "teacher", "efficientnet-lite0"] = "student_copy"
-    """What the discriminator's heads read: a copy of the student's first weights, the frozen teacher, or an ImageNet
-    classifier at four depths (the paper's: Lite0 with VGG16-BN or DeiT), for pixels alone."""
+    """What the discriminator's heads read: a copy of the student's first weights (under `student.lora` one more adapter
+    on its base), the frozen teacher, or an ImageNet classifier at four depths (the paper's: Lite0 with VGG16-BN or
+    DeiT), for pixels alone."""
     train_features: Annotated[bool, Needs("features", "student_copy")] = True
     """Whether the discriminator's loss trains the copy too; the paper's features are frozen."""
     feature_size: Annotated[int, Needs("features", "efficientnet-lite0")] = Field(default=224, ge=32, multiple_of=32)
@@ -124,9 +125,9 @@ def _features(config: GDDConfig, setup: Setup) -> NetworkDenoiser:
         case "efficientnet-lite0":
             return external_features(setup.student, setup.example, config.feature_size)
         case _:
-            copied = setup.student.copy()
-            copied.network.requires_grad_(config.train_features)
-            return copied
+            first = setup.student.branch("features")
+            Player(first.parameters()).require_grad(config.train_features)
+            return first
 
 
 def _student(config: GDDConfig, student: NetworkDenoiser) -> Player:

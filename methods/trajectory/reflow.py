@@ -73,7 +73,7 @@ class Reflow(Method):
     Config: ClassVar[type[MethodConfig]] = ReflowConfig
     family = "trajectory"
     paper = "Liu et al. 2023, Flow Straight and Fast: Rectified Flow, arXiv 2209.03003; InstaFlow, arXiv 2309.06380"
-    claims = Claims(one_student=True, exact_map=True, pairs=True)
+    claims = Claims(one_student=True, exact_map=True, pairs=True, follows_ode=True)
 
     def __init__(self, config: ReflowConfig, setup: Setup) -> None:
         self.pairs = Pairs.required(config.pairs, setup.example, f"method.name={config.name}")

@@ -19,6 +19,7 @@ from fewstep.losses.consistency import l2
 from fewstep.losses.trajectory import mean_velocity
 from fewstep.models.conditioning import Condition
 from fewstep.models.players import Average, Player
+from fewstep.models.shards import rows_to_ask
 from fewstep.models.transfer import sent
 from fewstep.registry import MethodConfig
 from fewstep.rng import Rng
@@ -93,11 +94,13 @@ class SCFM(Method):
         target, teacher = torch.empty_like(x_t), self.guided.drawn(rng, len(x_t))
         with torch.no_grad():
             for mask in (taught, ~taught):
-                rows = sent(mask.nonzero()[:, 0], batch.x.device)
+                own = mask.nonzero()[:, 0]
+                rows = sent(rows_to_ask(own, self.student.network), batch.x.device)
                 if len(rows):
                     denoiser = viewed(teacher.rows(rows), Flow()) if mask is taught else self.target_flow
                     told = batch.condition.rows(rows)
-                    target[rows] = two_steps(denoiser, x_t[rows], steps.rows(rows), told).to(target)
+                    said = two_steps(denoiser, x_t[rows], steps.rows(rows), told).to(target)
+                    target[rows[: len(own)]] = said[: len(own)]
         velocity = self.flow(x_t, steps.t, batch.condition).velocity
         return Terms({"self_distillation": l2(velocity, target).mean()})
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, EDMEulerScheduler
+from diffusers import CMStochasticIterativeScheduler, DDIMScheduler
 from PIL import Image
 
 from fewstep.cli import main
@@ -125,9 +125,9 @@ def edit_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
 
 
-def edm_scheduler(folder: Path) -> None:
+def other_scheduler(folder: Path) -> None:
     """Make the teacher's scheduler one that fewstep refuses."""
-    EDMEulerScheduler().save_pretrained(folder / "scheduler")
+    CMStochasticIterativeScheduler().save_pretrained(folder / "scheduler")
 
 
 def train_once(folder: Path, teacher: Path, images: Path) -> Path:

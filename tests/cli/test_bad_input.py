@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 
 from tests import tiny
-from tests.cli.lab import Lab, call, edit_json, edm_scheduler, write_teacher
+from tests.cli.lab import Lab, call, edit_json, other_scheduler, write_teacher
 
 
 class Case(NamedTuple):
@@ -78,7 +78,7 @@ VALUES = [
     override("train.steps=1.5", "train.steps: a whole number", "1.5"),
     override("train.steps=true", "train.steps", "found true"),
     override("train.steps=0", "train.steps", "greater than or equal to 1", "found 0"),
-    override("train.precision=fp16", "train.precision", "'fp32' or 'bf16'", "'fp16'", "mean 'bf16'"),
+    override("train.precision=fp16", "train.precision", "'fp32', 'bf16' or 'bf16_weights'", "'fp16'", "mean 'bf16'"),
     override("train=5", "train: a section with the keys steps", "found 5"),
     override("train.ema=1.0", "train.ema", "less than 1", "found 1.0"),
     override("optim.lr=.nan", "optim.lr: a finite number", "nan"),
@@ -129,6 +129,7 @@ TEACHER = [
     override("teacher.weak_condition=unconditional", "teacher.weak_condition: 'unconditional'", "without weak"),
     case("negative class", lambda lab: guided(lab, "negative: 4"), "teacher.negative: 4", "classes are 0 to 3"),
     case("idle negative", lambda lab: guided(lab, f"negative: 1, weak: {lab.teacher}"), "teacher.negative: 1", "same"),
+    override("student.path=emoji3", "student.path: no folder or embedded teacher 'emoji3'", "mean 'emoji32'"),
     case("no weak model", lambda lab: guided(lab, "weak: emoji3"), "teacher.weak: no folder", "'emoji3'"),
     case(
         "weak of another process",
@@ -201,7 +202,7 @@ TEACHER = [
         "prediction_type 'epsilom'",
         "epsilon",
     ),
-    case("karras noise levels", lambda lab: lab.broken_teacher(edm_scheduler), "EDMEulerScheduler"),
+    case("no noise table", lambda lab: lab.broken_teacher(other_scheduler), "CMStochasticIterativeScheduler"),
 ]
 
 DATA = [
@@ -289,6 +290,7 @@ RUNS = [
         "--json",
         "is a folder",
     ),
+    case("no such source", lambda lab: ["sample", "emoji3"], "source: no folder or embedded teacher", "mean 'emoji32'"),
     case("no such class", lambda lab: ["sample", str(lab.trained), "--classes", "class9"], "classes", "mean 'class"),
     case("guided student", lambda lab: ["sample", str(lab.trained), "--guidance", "2"], "guidance: 2.0", "few-step"),
     case("export onto a folder", lambda lab: ["export", str(lab.trained), str(lab.images)], "export", "new folder"),

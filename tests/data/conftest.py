@@ -13,7 +13,7 @@ from tests.data.fake_encoder import FakeEncoder
 @pytest.fixture
 def encoder(monkeypatch: pytest.MonkeyPatch) -> FakeEncoder:
     made = FakeEncoder()
-    monkeypatch.setattr(command, "open_encoder", lambda path, device, side: made)
+    monkeypatch.setattr(command, "open_encoder", lambda *_, **__: made)
     return made
 
 

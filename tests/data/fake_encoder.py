@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
+from fewstep.models.autoencoder import Draws
 from fewstep.models.conditioning import Condition
 
 WIDTH, POOLED = 6, 3
@@ -45,11 +47,11 @@ class FakeEncoder:
         shared = {"ids": torch.arange(4).view(2, 2), "shapes": [(1, 2, 2)], "added_cond_kwargs.resolution": None}
         return Condition(batched, shared)
 
-    def latents(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """`(B, 4, H/2, W/2)`."""
-        assert generator is None
+    def latents(self, images: Tensor, generator: Draws = None) -> Tensor:
+        """`(B, 4, H/2, W/2)`, a tenth of noise beside where it is drawn."""
         small = nn.functional.avg_pool2d(images, 2)
-        return torch.cat([small, small.mean(1, keepdim=True)], dim=1)
+        mode = torch.cat([small, small.mean(1, keepdim=True)], dim=1)
+        return mode if generator is None else mode + 0.1 * randn_tensor(mode.shape, generator)
 
     def images(self, latents: Tensor) -> Tensor:
         """`(B, 3, H, W)`."""

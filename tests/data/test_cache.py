@@ -24,6 +24,7 @@ from fewstep.data.faults import DataFault
 from fewstep.data.loader import Loader
 from fewstep.data.sources import open_dataset
 from fewstep.errors import RunError, UserError
+from fewstep.models.autoencoder import Draws
 from fewstep.models.conditioning import Condition
 from tests.cli.lab import call
 from tests.data.cache_lab import CAPTIONS, files_of, gone, shortened, teacher
@@ -157,7 +158,7 @@ class Killed(FakeEncoder):
         super().__init__()
         self._left = after
 
-    def latents(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def latents(self, images: Tensor, generator: Draws = None) -> Tensor:
         self._left -= 1
         if self._left < 0:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -167,7 +168,7 @@ class Killed(FakeEncoder):
 def killed_after(batches: int, request: Request, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command in a process of its own, to its sudden end."""
     with monkeypatch.context() as patch:
-        patch.setattr(command, "open_encoder", lambda path, device, side: Killed(batches))
+        patch.setattr(command, "open_encoder", lambda *_, **__: Killed(batches))
         process = multiprocessing.get_context("fork").Process(target=command.run, args=(request,))
         process.start()
         process.join()

@@ -121,7 +121,7 @@ def without(name: str) -> Callable[[Condition], Condition]:
     ],
 )
 def test_conditions_that_cannot_be_stored_get_one_clear_line(request_, monkeypatch, change, line):
-    monkeypatch.setattr(command, "open_encoder", lambda path, device, side: Varying(change))
+    monkeypatch.setattr(command, "open_encoder", lambda *_, **__: Varying(change))
     with pytest.raises(UserError, match=line):
         command.run(request_)
 
@@ -131,7 +131,7 @@ def test_prompts_of_several_lengths_need_a_mask(request_, monkeypatch):
         def _told(self, captions: Sequence[str]) -> Condition:
             return without("encoder_attention_mask")(super()._told(captions))
 
-    monkeypatch.setattr(command, "open_encoder", lambda path, device, side: Unmasked())
+    monkeypatch.setattr(command, "open_encoder", lambda *_, **__: Unmasked())
     with pytest.raises(UserError, match=r"'encoder_hidden_states' is of another length for some prompts, and no mask"):
         command.run(request_)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from fewstep.commands.train import logged, start
 from fewstep.config_file import parse
@@ -110,9 +110,9 @@ def test_a_set_without_embeddings_is_refused_for_a_teacher_of_prompts(made, tmp_
     run["data"] = {"name": "folder", "path": str(write_images(tmp_path / "set", size=SIDE)), "size": SIDE}
     outcome = trained(tmp_path, run)
     assert outcome.code == 2
-    assert "data.name: the teacher is told prompts, and the data set has class labels; `fewstep cache`" in outcome.err
+    assert "data.name: the teacher is told prompts, and the data set has class labels and no captions" in outcome.err
     outcome = trained(tmp_path, run, "data={name: digits, path: null, size: null}", "train.steps=1")
-    assert "told prompts, and the data set has class labels" in outcome.err
+    assert "told prompts, and the data set has class labels and no captions; give captioned" in outcome.err
 
 
 def test_a_cache_of_another_teacher_is_refused(made, tmp_path):
@@ -122,6 +122,23 @@ def test_a_cache_of_another_teacher_is_refused(made, tmp_path):
     outcome = trained(tmp_path, run, f"teacher.path={other}")
     assert outcome.code == 2
     assert f"data.path: {cache} was made by {made[0]}, whose VAE and text encoders are not those of the" in outcome.err
+
+
+def test_a_cache_of_another_checkpoint_is_refused(made, tmp_path):
+    """Of the same architecture: the configs are equal, a number of one text encoder is not."""
+    other = Path(shutil.copytree(made[0], tmp_path / "other"))
+    weights = load_file(other / "text_encoder" / "model.safetensors")
+    next(value for key, value in weights.items() if key.endswith("q_proj.weight")).view(-1)[0] += 1e-3
+    save_file(weights, other / "text_encoder" / "model.safetensors", metadata={"format": "pt"})
+    outcome = trained(tmp_path, run_of(made, tmp_path), f"teacher.path={other}")
+    told = f"was made by {made[0]}, whose text_encoder has other weights than that of the teacher in {other}; make one"
+    assert (outcome.code, told in outcome.err) == (2, True), outcome.err
+    assert outcome.err.count("\n") == 1
+    again = Path(shutil.copytree(made[1], tmp_path / "again"))
+    (again / "index.json").unlink()
+    outcome = cached(other, again)
+    assert outcome.code == 2
+    assert "text_encoder" not in outcome.out
 
 
 def edited(teacher: Path, part: str, **changes: object) -> Path:
@@ -197,11 +214,6 @@ def test_shards_that_vanish_in_mid_run(made, tmp_path, workers):
     assert "resumed from" in outcome.out, outcome.err
     one, two = student(tmp_path / "straight", 6), student(tmp_path, 6)
     assert [key for key in one if not torch.equal(one[key], two[key])] == []
-
-
-def test_pictures_of_latents_are_refused_before_the_first_step(made, tmp_path):
-    outcome = trained(tmp_path, run_of(made, tmp_path), "train.sample_every=1")
-    assert (outcome.code, "train.sample_every: a cache holds latents" in outcome.err) == (2, True)
 
 
 @pytest.mark.slow

@@ -16,12 +16,13 @@ import torch
 from PIL import Image
 
 from fewstep.commands.train import CHECKPOINTS, logged
+from fewstep.commands.train import start as begin_or_resume
 from fewstep.config import RunConfig
 from fewstep.config_file import parse
 from fewstep.data.faults import DataFault
 from fewstep.data.loader import Loader
 from fewstep.data.samples import Samples
-from fewstep.errors import RunError
+from fewstep.errors import RunError, UserError
 from fewstep.training.assemble import Sources, open_sources
 from fewstep.training.checkpoint import list_checkpoints, restore_last
 from fewstep.training.loop import TrainState, train
@@ -161,12 +162,17 @@ def pretraining(folder: Path, data: dict[str, object]) -> RunConfig:
     })  # fmt: skip
 
 
+def pictures(folder: Path) -> None:
+    """Three, so that a run of two at a time begins a new epoch every other step."""
+    folder.mkdir()
+    for i in range(3):
+        Image.new("RGB", (8, 8), (80 * i, 0, 0)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text("red")
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_picture_that_vanishes_in_mid_run(tmp_path, workers):
-    (tmp_path / "set").mkdir()
-    for i in range(3):
-        Image.new("RGB", (8, 8), (80 * i, 0, 0)).save(tmp_path / "set" / f"{i}.png")
-        (tmp_path / "set" / f"{i}.txt").write_text("red")
+    pictures(tmp_path / "set")
     run = pretraining(tmp_path, {"name": "captions", "path": str(tmp_path / "set"), "workers": workers})
     straight = begin(run, open_sources(run))
     go(straight)
@@ -175,3 +181,23 @@ def test_a_picture_that_vanishes_in_mid_run(tmp_path, workers):
     assert told.endswith(f"from {last(tmp_path / 'run')}")
     (tmp_path / "away").rename(tmp_path / "set")
     goes_on_as_if_nothing_had_been(run, lambda: open_sources(run), straight)
+
+
+def test_a_folder_that_vanishes_between_a_crash_and_the_next_start(tmp_path, capsys):
+    """Told before the first step; and once it is back, the run goes on over the end of an epoch to the same bits."""
+    pictures(tmp_path / "set")
+    run = pretraining(tmp_path, {"name": "captions", "path": str(tmp_path / "set")})
+    straight = begin(run, open_sources(run))
+    go(straight)
+    for report in logged(begin(run, open_sources(run))):
+        if report.step == 5:
+            break
+    moved(tmp_path / "set", tmp_path / "away")
+    with pytest.raises(UserError, match=r"^data.path: no (file or )?folder .*set'"):
+        begin_or_resume(run)
+    moved(tmp_path / "away", tmp_path / "set")
+    again = begin_or_resume(run)
+    assert again.step == 4
+    assert capsys.readouterr().out.splitlines()[-1].endswith(f"/{last(tmp_path / 'run')}")
+    go(again)
+    assert_same(everything(straight), everything(again))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -152,3 +154,18 @@ def test_mixed_precision_stays_out_of_a_forward_derivative():
     with torch.autocast("cpu", torch.bfloat16):
         mixed = along(function, (x,), (torch.ones_like(x),))
     assert torch.equal(mixed.slope, plain.slope)
+
+
+FIRST = """
+import torch
+from fewstep.diffusion.derivative import along
+print(along(lambda x: x * x, (torch.ones(2),), (torch.ones(2),)).slope.tolist())
+"""
+
+
+@pytest.mark.slow
+def test_the_first_derivative_of_a_process_warns_of_nothing():
+    """torch scripts its rules for them with a function that it has deprecated."""
+    done = subprocess.run([sys.executable, "-c", FIRST], capture_output=True, text=True, check=True)
+    assert done.stdout == "[2.0, 2.0]\n"
+    assert "deprecated" not in done.stderr

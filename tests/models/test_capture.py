@@ -60,7 +60,7 @@ def test_schedulers_that_round_their_timesteps(scheduler):
     assert max(step.difference for step in found) < 1e-5
 
 
-GUIDES = ["dit", "sd15", "sdxl", "pixart", "sd3", "sana", "wan", "lumina2", "zimage", "flux2_klein"]
+GUIDES = ["dit", "sd15", "sdxl", "pixart", "sd3", "sana", "wan", "lumina2", "zimage", "flux2_klein", "cogvideox"]
 
 
 @pytest.mark.parametrize("name", GUIDES)
@@ -105,6 +105,21 @@ def test_what_belongs_to_samples_is_found_by_calling_twice():
     assert {key: value.shape for key, value in told.shared.items()} == {"img_ids": (2, 3), "txt_ids": (2, 3)}
     assert told.batched["guidance"].tolist() == [2.5, 2.5]
     assert captured(flux, PROMPTS, height=8, width=8).batched["guidance"].tolist() == [3.5, 3.5], "the pipeline's usual"
+
+
+def test_texts_whose_mask_is_not_always_told_are_held_at_one_length():
+    """Qwen-Image's pipeline leaves the mask out where no prompt of the call is shorter than the longest."""
+    qwen: Any = tiny_pipelines.build("qwen")
+    words = {**SIDES, "max_sequence_length": 40}
+    both = captured(qwen, PROMPTS, **words)
+    assert both.batched["encoder_hidden_states"].shape == (2, 40, 32)
+    lengths = both.batched["encoder_hidden_states_mask"].sum(1).tolist()
+    assert lengths[1] - lengths[0] == len(PROMPTS[1]) - len(PROMPTS[0])
+    alone = [captured(qwen, [prompt], **words) for prompt in PROMPTS]
+    together = Condition.cat(alone)
+    assert torch.equal(together.batched["encoder_hidden_states_mask"], both.batched["encoder_hidden_states_mask"])
+    for one, two in zip(together.batched["encoder_hidden_states"], both.batched["encoder_hidden_states"], strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-5)
 
 
 def test_lists_are_held_in_rows_and_cut_again():

@@ -24,7 +24,7 @@ from tests.tiny_pipelines import SIDE
 
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # numpy, of diffusers
 
-LATENT = [name for name in tiny_pipelines.PIPELINES if name not in ("ddpm", "flux_guidance")]
+LATENT = [name for name in tiny_pipelines.PIPELINES if name not in ("ddpm", "flux_guidance", "playground")]
 CAPTIONS = ["a red cat", "a blue dog on a hill", ""]
 
 
@@ -80,7 +80,7 @@ def decoded(one: Opened, latents: Tensor, monkeypatch: pytest.MonkeyPatch) -> Te
     monkeypatch.setattr(one.pipeline.scheduler, "step", step)
     call = tiny_pipelines.call(one.name, output_type="np" if one.name == "dit" else "pt", return_dict=False)
     images = torch.as_tensor(one.pipeline(**call)[0])
-    return images[:, 0] if one.name == "wan" else images.movedim(-1, 1) if one.name == "dit" else images
+    return images[:, 0] if one.name in ("wan", "cogvideox") else images.movedim(-1, 1) if one.name == "dit" else images
 
 
 @pytest.mark.parametrize("name", LATENT)
@@ -93,7 +93,7 @@ def test_images_are_those_of_the_whole_pipeline_and_latents_the_way_back(opened,
     assert float(images.std()) > 0.01
 
     vae, given = one.pipeline.vae, torch.rand(2, 3, side, side) * 2 - 1
-    said = vae.encode(given[:, :, None] if name == "wan" else given, return_dict=False)[0]
+    said = vae.encode(given[:, :, None] if name in ("wan", "qwen", "cogvideox") else given, return_dict=False)[0]
     straight = vae.decode(said if isinstance(said, Tensor) else said.mode(), return_dict=False)[0].clamp(-1, 1)
     found = one.encoder.latents(given)
     assert found.shape == (2, *one.encoder.latent_shape(side))
@@ -128,6 +128,26 @@ def test_sizes_in_pixels(opened):
         opened("flux").encoder.latent_shape(30)
     with pytest.raises(UserError, match=r"side: 33 pixels given; AutoencoderKL here takes multiples of 2"):
         opened("sd15").encoder.latents(torch.zeros(1, 3, 33, 33))
+
+
+@pytest.mark.parametrize("name", ["flux", "flux2_klein", "sd15", "wan"])
+def test_latents_of_oblong_images(opened, name):
+    """Packed tokens do not tell the height from the width; they go the pipeline's way with both."""
+    one, size = opened(name), (16, 40) if name != "wan" else (16, 48)
+    given = torch.rand(2, 3, *size) * 2 - 1
+    latents = one.encoder.latents(given)
+    assert latents.shape == (2, *one.encoder.latent_shape(size))
+    said = one.pipeline.vae.encode(given[:, :, None] if name == "wan" else given).latent_dist.mode()
+    straight = one.pipeline.vae.decode(said, return_dict=False)[0].clamp(-1, 1).view(given.shape)
+    torch.testing.assert_close(one.encoder.images(latents, size), straight, rtol=0, atol=1e-5)
+
+
+def test_packed_latents_of_another_size_are_refused(opened):
+    encoder = opened("flux").encoder
+    with pytest.raises(UserError, match=r"size: none given; 40 tokens are of images of another height and width"):
+        encoder.images(torch.zeros(1, 40, 16))
+    with pytest.raises(UserError, match=r"size: 16×16 pixels given; 40 tokens are of images of another height"):
+        encoder.images(torch.zeros(1, 40, 16), (16, 16))
 
 
 def outside() -> DiffusionPipeline:

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import LatentConsistencyModelPipeline, UNet2DConditionModel
+from diffusers import (
+    Flux2Transformer2DModel,
+    LatentConsistencyModelPipeline,
+    SanaTransformer2DModel,
+    UNet2DConditionModel,
+)
+from torch import nn
 
 from fewstep.diffusion.prediction import Kind
 from fewstep.diffusion.process import VP, Flow
@@ -68,11 +74,6 @@ def test_a_network_that_has_the_input_keeps_it():
     assert with_guidance(TEXT, torch.ones(2), denoiser).batched[NATIVE_SCALE].shape == (2, 32)
 
 
-def test_adapters_share_weights_that_an_input_would_change(teacher):
-    with pytest.raises(UserError, match=r"method.guidance_range: .* leave out student.lora"):
-        with_guidance_input(teacher.lora_view("student", 2), RANGE)
-
-
 @pytest.fixture
 def pixels() -> NetworkDenoiser:
     return make_denoiser(alive(unet2d_classes(8)), Schedule(Flow(), Kind.VELOCITY))
@@ -134,3 +135,30 @@ def test_with_an_added_input_the_student_starts_at_a_distance_of_zero(pixels, bu
         assert float((said - expected).abs().max()) == 0.0
     added = [name for name, p in student.parameters().items() if ".second." in name and not p.any()]
     assert added, "nothing is silent, so nothing was added"
+
+
+@pytest.mark.parametrize(("name", "unit"), [("flux2", 1.0), ("sana", 0.1)])
+def test_networks_made_for_a_scale_are_told_it_as_their_pipelines_tell_it(name, unit):
+    """The number itself for Flux2; for Sana-Sprint times `guidance_embeds_scale`."""
+    if name == "flux2":
+        network: nn.Module = Flux2Transformer2DModel(patch_size=1, in_channels=16, num_layers=1, num_single_layers=1,
+            attention_head_dim=16, num_attention_heads=2, joint_attention_dim=48, timestep_guidance_channels=32,
+            axes_dims_rope=(4, 4, 4, 4), guidance_embeds=True)  # fmt: skip
+        ids = {"img_ids": torch.zeros(4, 4), "txt_ids": torch.zeros(5, 4)}
+        x, told = torch.randn(2, 4, 16), Condition({"encoder_hidden_states": torch.randn(2, 5, 48)}, ids)
+    else:
+        network = SanaTransformer2DModel(patch_size=1, in_channels=4, out_channels=4, num_layers=1, sample_size=4,
+            num_attention_heads=2, attention_head_dim=4, num_cross_attention_heads=2, cross_attention_head_dim=4,
+            cross_attention_dim=8, caption_channels=16, guidance_embeds=True)  # fmt: skip
+        x, told = torch.randn(2, 4, 4, 4), Condition({"encoder_hidden_states": torch.randn(2, 5, 16)})
+    denoiser = make_denoiser(alive(network), Schedule(Flow(), Kind.VELOCITY))
+    student = with_guidance_input(denoiser, (1.0, 8.0))
+    assert student.network is network
+    scale = torch.tensor([2.0, 6.5])
+    t = torch.tensor([0.25, 0.5])
+    heard = t if name == "flux2" else 1000 * t
+    with torch.no_grad():
+        said = student(x, t, with_guidance(told, scale, student)).value
+        plain = network(hidden_states=x, timestep=heard, guidance=unit * scale, **told.kwargs(), return_dict=False)[0]
+    assert torch.equal(said, plain)
+    assert not torch.equal(said, student(x, t, with_guidance(told, scale + 1, student)).value)

@@ -187,7 +187,7 @@ def test_its_share_of_the_embedded_teacher(addition, percent):
 
 
 def test_what_cannot_be_added_to_is_refused():
-    with pytest.raises(UserError, match=r"student: Linear has no blocks that guidance could be added to; known: UNet"):
+    with pytest.raises(UserError, match=r"network 'Linear' is not known; known: UNet"):
         blocks_of(nn.Linear(2, 2))
     case = plain("UNet2DModel")
     shared = case.denoiser.lora_view("student", 2)

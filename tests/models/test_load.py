@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from fewstep.config import NewNetwork
 from fewstep.diffusion.prediction import Kind
-from fewstep.diffusion.process import VP, Flow, Process
+from fewstep.diffusion.process import EDM, VP, Flow, Process
 from fewstep.errors import UserError
 from fewstep.models.conditioning import Condition
 from fewstep.models.denoiser import NetworkDenoiser
@@ -68,11 +68,13 @@ def test_every_family_s_pipeline(tmp_path, build, network, process, kind):
     assert {p.dtype for p in found.parameters().values()} == {torch.float32}
 
 
-PROCESSES: dict[str, Process | type[VP]] = {
+PROCESSES: dict[str, Process | type[Process]] = {
     "ddpm": VP, "dit": VP, "sd15": VP, "sdxl": VP, "pixart": VP, "lumina2": Flow(),
     "flux": Flow(math.exp(1.15)), "flux_guidance": Flow(math.exp(1.15)),
-    "flux2_klein": Flow(math.exp(compute_empirical_mu(4096, 50))),
+    "flux2_klein": Flow(math.exp(compute_empirical_mu(4096, 50))), "qwen": Flow(math.exp(1.15)), "cogvideox": VP,
+    "playground": EDM,
 }  # fmt: skip
+PREDICTED = {"cogvideox": Kind.V, "playground": Kind.X0}
 
 
 @pytest.mark.parametrize("name", tiny_pipelines.PIPELINES)
@@ -88,7 +90,8 @@ def test_the_folder_of_every_tiny_pipeline(tmp_path, name):
         assert found.process.shift == pytest.approx(expected.shift, rel=1e-4)
         assert found.kind is Kind.VELOCITY
     else:
-        assert (type(found.process), found.kind) == (VP, Kind.EPS)
+        assert (type(found.process), found.kind) == (expected, PREDICTED.get(name, Kind.EPS))
+        assert (found.preconditioning is not None) is (expected is EDM)
 
 
 def test_a_size_decides_a_dynamic_shift(tmp_path):
@@ -169,7 +172,10 @@ DAMAGE = [
     ("no network", "one network of UNet2DModel, .* is needed; its components are scheduler: DDIMScheduler, unet: Auto"),
     ("two networks", "unet and transformer_2 are networks both; pipelines of one network are known"),
     ("a component", "one component, without a model_index.json; give the pipeline folder above it"),
-    ("unknown scheduler", "scheduler: MyScheduler states no noise table; variance-preserving and FlowMatch ones are"),
+    (
+        "unknown scheduler",
+        "scheduler: MyScheduler states no noise table; variance-preserving, FlowMatch and EDM ones are",
+    ),
     ("no scheduler", "scheduler: no scheduler_config.json"),
     ("unknown class", "network 'UNet2DModell' is not known; did you mean 'UNet2DModel'?"),
     ("no config", "unet: no config.json"),

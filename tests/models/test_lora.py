@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep import registry
 from fewstep.diffusion.prediction import Kind
 from fewstep.diffusion.process import Flow
 from fewstep.errors import UserError
@@ -18,7 +17,6 @@ from fewstep.models.load import make_denoiser
 from fewstep.models.lora import without_adapters
 from fewstep.models.schedule import Schedule
 from tests.tiny import alive, dit, unet2d_classes
-from tests.training.runs import METHODS, begin, config, everything, go, moved, sources
 
 T = torch.tensor([0.3, 0.8])
 LABELS = Condition.of_labels(torch.tensor([1, 3]))
@@ -168,35 +166,20 @@ def test_views_of_one_network_have_inputs_of_their_own(teacher, x):
     assert torch.equal(student(x, T, span).value, changed)
 
 
-REFUSED = {
-    "gdd": "the network is shared by adapters",  # trains the network's own norms
-    "adversarial": "the network is shared by adapters",  # these two train a backbone of their own
-    "scflow": "the network is shared by adapters",
-    "guidance": "a new input needs weights of the student's own",
-    "gft": "a new input needs weights of the student's own",
-    "agd": "the method brings adapters of its own",
-    "plug_and_play": "the method brings adapters of its own",
-}
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_every_method_trains_adapters(tmp_path, name):
-    """Student and fake score on one network: both move, and the teacher's weights do not."""
-    start, method = sources(network_teacher=True), dict(METHODS[name])
-    teacher = start.teacher
-    assert isinstance(teacher, NetworkDenoiser)
-    if "fake_score_lora" in registry.get(method["name"]).Config.model_fields:
-        method["fake_score_lora"] = 2
-    run = config(method, tmp_path, student={"lora": 2, "steps": 1 if method["name"] == "reflow" else 2})
-    start = replace(start, student=teacher.lora_view("student", 2))
-    if name in REFUSED:
-        with pytest.raises(UserError, match=REFUSED[name]):
-            begin(run, start)
-        return
-    frozen = {n: p.detach().clone() for n, p in teacher.network.named_parameters() if "lora_" not in n}
-    state = begin(run, start)
-    before = everything(state)
-    go(state)
-    assert moved(before, everything(state)) >= set(state.method.players)
-    now = {n.replace(".base.", "."): p for n, p in teacher.network.named_parameters()}
-    assert all(torch.equal(now[n], p) for n, p in frozen.items())
+@torch.no_grad()
+def test_a_branch_starts_where_it_leaves_and_goes_its_own_way(teacher, x):
+    """Of the base, of a trained adapter with an input of its own, and of weights that nobody shares."""
+    alone = teacher.branch("backbone")
+    assert alone.network is not teacher.network
+    student = teacher.lora_view("student", 2).with_scalar(SPAN, 10.0)
+    shake(student)
+    before = student(x, T, LABELS).value, teacher(x, T, LABELS).value
+    for of, expected in zip((student, teacher), before, strict=True):
+        branch = of.branch(f"backbone_{of.adapter}")
+        assert branch.network is teacher.network
+        assert torch.equal(branch(x, T, LABELS).value, expected)
+        assert not set(branch.parameters()) & set(student.parameters())
+        shake(branch)
+        assert float((branch(x, T, LABELS).value - expected).abs().max()) > 1e-3
+    assert torch.equal(student(x, T, LABELS).value, before[0])
+    assert torch.equal(teacher(x, T, LABELS).value, before[1])

@@ -11,6 +11,7 @@ from diffusers import (
     DDIMScheduler,
     DDPMScheduler,
     DPMSolverMultistepScheduler,
+    EDMDPMSolverMultistepScheduler,
     EDMEulerScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
@@ -22,7 +23,7 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 
 from fewstep.diffusion.prediction import Kind
-from fewstep.diffusion.process import VP, Flow
+from fewstep.diffusion.process import EDM, VP, Flow
 from fewstep.diffusion.shift import EmpiricalMu, LinearMu
 from fewstep.errors import UserError
 from fewstep.models.schedule import schedule_of
@@ -90,6 +91,21 @@ def test_trigflow_of_sana_sprint():
     assert (found.process, found.kind) == (Flow(timesteps=1.0), Kind.VELOCITY)
 
 
+@pytest.mark.parametrize("scheduler", [EDMEulerScheduler, EDMDPMSolverMultistepScheduler])
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_edm_s_preconditioning_is_diffusers(scheduler, kind):
+    made: Any = scheduler(sigma_data=1.0, sigma_min=0.01, sigma_max=120.0, rho=5.0, prediction_type=kind)
+    found = schedule_of({**made.config, "_class_name": scheduler.__name__})
+    assert (found.process, found.kind) == (EDM(0.01, 120.0, 5.0), Kind.X0)
+    assert found.preconditioning is not None
+    generator = torch.Generator().manual_seed(0)
+    x, said = (torch.randn(3, 2, 4, 4, generator=generator) for _ in range(2))
+    for sigma in (0.01, 0.7, 120.0):
+        one, many = torch.tensor(sigma), torch.full((3,), sigma)
+        assert torch.equal(found.preconditioning.scaled(x, many), made.precondition_inputs(x, one))
+        assert torch.equal(found.preconditioning.x0(x, many, said), made.precondition_outputs(x, said, one))
+
+
 def test_a_table_of_its_own():
     betas = [0.1, 0.2, 0.3]
     found = schedule_of({"_class_name": "DDPMScheduler", "trained_betas": betas, "num_train_timesteps": 3})
@@ -112,7 +128,8 @@ REFUSED = [
     ({**SD, "prediction_type": "score"}, "prediction_type 'score' is not one of epsilon, sample, v_prediction"),
     ({**SD, "timestep_type": "continuous"}, "timestep_type continuous is of networks that are told ln σ/4"),
     ({"beta_schedule": "quadratic"}, "scheduler: no noise table can be made of it: quadratic"),
-    ({**EDMEulerScheduler().config, "_class_name": "EDMEulerScheduler"}, "EDMEulerScheduler states no noise table"),
+    ({"_class_name": "EDMEulerScheduler", "prediction_type": "sample"}, "'sample' is not one of epsilon, v_prediction"),
+    ({"_class_name": "KarrasVeScheduler"}, "KarrasVeScheduler states no noise table"),
 ]
 
 

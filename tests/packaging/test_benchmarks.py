@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -50,26 +51,49 @@ def test_only_one_network_s_activations_are_kept(figures):
 
 
 @pytest.mark.slow
-def test_the_benchmark_of_a_device_runs_on_small_networks(tmp_path, monkeypatch, capsys):
-    """Every section, on a CPU; kernels that are not there are said to be missing."""
-    from benchmarks import gpu
+def test_the_benchmark_of_a_device_runs_on_small_networks(tmp_path):
+    """Every section, on a CPU; kernels and graphs that are not there are said to be missing."""
+    words = ["--tiny", "--out", str(tmp_path)]
+    subprocess.run([sys.executable, "-m", "benchmarks.gpu", *words], cwd=ROOT, check=True, capture_output=True)
+    report = json.loads((tmp_path / "gpu.json").read_text())
+    sections = {name: section["figures"] for name, section in report["sections"].items()}
+    assert list(sections) == ["eager", "lora", "precision", "graphs", "attention", "jvp", "compiled"]
+    assert all(not section["not_reached"] and "error" not in section for section in report["sections"].values())
+    both = {f"{shape}/{method}" for shape in SHAPES for method in ("dmd2", "consistency")}
+    assert set(sections["eager"]) == set(sections["compiled"]) == both
+    for title in ("eager", "compiled", "lora", "precision"):
+        for name, turns in sections[title].items():
+            assert all(turn["images_per_second"] > 0 for turn in turns.values()), (title, name, turns)
+    assert set(sections["lora"]["adapters"]) == set(sections["lora"]["three copies"]) == {"student", "critic"}
+    assert set(sections["precision"]) == {"bf16", "bf16_weights"}
+    assert sections["graphs"]["none"]["student"]["seconds"] > 0
+    assert "graphs given, which CUDA alone records" in sections["graphs"]["graphs"]["error"]
+    kernels = sections["attention"]
+    assert kernels["flux_blocks/sdpa"]["forward and backward"]["seconds"] > 0
+    assert "memory.attention: flash given" in kernels["flux_blocks/flash"]["error"]
+    assert all(one["relative_difference"] < 0.05 for one in sections["jvp"].values())
 
+
+def test_what_fails_or_hangs_costs_no_other_figure(tmp_path, monkeypatch, capsys):
+    """An error in a measurement, one between two, and a measurement that would not end."""
+    from benchmarks import gpu, gpu_clock
+
+    def broken(bench: object, section: gpu_clock.Section) -> None:
+        section.measure("one", lambda: {}["missing"])
+        section.measure("two", lambda: 2)
+        section.final = time.monotonic() + 0.05
+        section.measure("three", lambda: time.sleep(60))
+        raise AssertionError("between two")
+
+    monkeypatch.setattr(gpu, "SECTIONS", {"first": (broken, 0.5), "second": (lambda _, s: s.measure("x", int), 0.5)})
     monkeypatch.setattr(sys, "argv", ["gpu", "--tiny", "--out", str(tmp_path)])
     gpu.main()
     capsys.readouterr()
-    report = json.loads((tmp_path / "gpu.json").read_text())
-    assert list(report["sections"]) == ["steps", "lora", "attention", "jvp"]
-    assert all(not section["not_reached"] for section in report["sections"].values())
-    found = report["sections"]["steps"]["figures"]
-    assert list(found) == [f"{shape}/{method}/eager" for shape in SHAPES for method in ("dmd2", "consistency")]
-    assert all(turn["images_per_second"] > 0 for turns in found.values() for turn in turns.values())
-    lora = report["sections"]["lora"]["figures"]
-    assert set(lora["adapters"]) == set(lora["three copies"]) == {"student", "critic"}
-    kernels = report["sections"]["attention"]["figures"]
-    assert kernels["flux_blocks/sdpa"]["seconds"] > 0
-    assert "memory.attention: flash given" in kernels["flux_blocks/flash"]["error"]
-    derivatives = report["sections"]["jvp"]["figures"]
-    assert all(one["relative_difference"] < 0.05 for one in derivatives.values())
+    first, second = json.loads((tmp_path / "gpu.json").read_text())["sections"].values()
+    late = {"error": "cut short: its time was over"}
+    assert first["figures"] == {"one": {"error": "KeyError: 'missing'"}, "two": 2, "three": late}
+    assert first["error"] == "AssertionError: between two"
+    assert second == {"figures": {"x": 0}, "not_reached": []}
 
 
 def test_time_that_is_over_is_said(tmp_path, monkeypatch):

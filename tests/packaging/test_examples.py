@@ -25,6 +25,7 @@ SMALL = ("train.steps=3", "train.checkpoint_every=3", "train.precision=fp32", "d
         ("flux", "flux_scfm", ()),
         ("pixart", "pixart_swiftbrush", ()),
         ("sana", "sana_scm", ()),
+        ("flux", "flux_scfm", ("--online",)),
     ],
 )
 def test_a_pipeline_folder_and_captions_are_enough(tmp_path, pipeline, config, more):

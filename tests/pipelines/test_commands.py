@@ -214,7 +214,7 @@ def test_an_export_samples_as_its_run(tmp_path, run):
     labels = torch.tensor([3, 7])
     noise = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     made = [
-        source.images(source.sampler, noise, labels, 1)
+        source.images(source.sampler, noise, Condition.of_labels(labels), 1)
         for source in map(open_source, (str(run), str(tmp_path / "out")))
     ]
     torch.testing.assert_close(made[0], made[1], rtol=0, atol=1e-5)
@@ -252,7 +252,7 @@ def test_a_student_with_a_range_is_sampled_at_the_scale_asked_for(tmp_path, scal
     made = {}
     for scale in (None, 2.0, 4.0, 6.0):
         source = open_source(str(scaled_run), scale)
-        made[scale] = source.images(source.sampler, noise, labels, 1)
+        made[scale] = source.images(source.sampler, noise, Condition.of_labels(labels), 1)
     assert torch.equal(made[None], made[4.0]), "the middle of its range"
     assert float((made[2.0] - made[6.0]).abs().max()) > 1e-3
     assert "wrote" in invoke("sample", scaled_run, "--out", tmp_path / "a.png", "--guidance", 3)

@@ -14,13 +14,15 @@ from safetensors.torch import load_file
 from fewstep.diffusion.solvers import Sampler
 from fewstep.errors import UserError
 from fewstep.models.denoiser import NetworkDenoiser
+from fewstep.models.guidance_input import with_guidance_input
+from fewstep.models.load import load_denoiser
 from fewstep.pipelines import check
 from fewstep.pipelines.card import CardFacts
 from fewstep.pipelines.export import export_student
 from fewstep.pipelines.lora_file import FILE
 from fewstep.pipelines.manifest import read_manifest
 from fewstep.pipelines.plan import Form
-from tests import tiny
+from tests import tiny, tiny_pipelines
 from tests.pipelines.conftest import Student
 
 pytestmark = [
@@ -28,6 +30,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Already found a `peft_config`"),
 ]
 ADAPTERS = Form(lora=True)
+OWN = ("sd15", "sdxl", "playground", "flux", "flux_guidance")
+"""Whose stock pipelines feed a guidance scale to their networks."""
+QUICK = ("sd15", "flux_guidance", "dit")
 
 
 def adapted(student: Student, convolutions: bool = False) -> NetworkDenoiser:
@@ -100,3 +105,33 @@ def test_what_leaves_no_file_is_told(teachers, pixels, tmp_path):
         with pytest.raises(UserError, match=f"--lora: .*{told}"):
             exported(view, folder, tmp_path / "out")
         assert not (tmp_path / "out").exists()
+
+
+def hears_a_scale(name: str, room: Path) -> tuple[NetworkDenoiser, Path]:
+    """An adapter of a whole tiny pipeline that takes a guidance scale, as after some training; and the folder."""
+    folder = tiny_pipelines.saved(name, room)
+    view = with_guidance_input(load_denoiser(str(folder)).lora_view("student", 4), (1.0, 5.0))
+    generator = torch.Generator().manual_seed(1)
+    for parameter in view.parameters().values():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return view, folder
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # numpy, of diffusers
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in tiny_pipelines.PIPELINES]
+)
+def test_an_adapter_with_a_guidance_scale_leaves_by_its_class_s_own_input_where_that_has_one(tmp_path, name):
+    """As a file of adapters only where the teacher's network has the input: it would hold adapters alone."""
+    view, folder = hears_a_scale(name, tmp_path)
+    lora = name == "flux_guidance"
+    if not lora:
+        with pytest.raises(UserError, match=r"--lora: (beside its adapters the student has an input|.* loads no adap)"):
+            exported(view, folder, tmp_path / "refused")
+    sampler = exported(view, folder, tmp_path / "out", Form(lora=lora))
+    assert check.check(tmp_path / "out", view, sampler) <= check.allowed(view, sampler)
+    manifest = read_manifest(tmp_path / "out")
+    assert ("FewStep" in str(manifest.own)) == (name not in OWN)
+    assert manifest.guidance == 3.0
+    if name in OWN:
+        assert manifest.call["guidance_scale"] == 3.0

@@ -21,7 +21,8 @@ def test_a_family_makes_the_same_samples_in_another_process(tmp_path, name):
     ]
     for one, figure in zip(exports, differences(exports), strict=True):
         assert figure <= limit(one), one.out
-    assert [needs_fewstep(one) for one in exports] == 2 * [False, False, True]
+    fresh = name == "playground"  # which EDM's own schedulers do not draw between steps
+    assert [needs_fewstep(one) for one in exports] == 2 * [fresh, fresh, True]
 
 
 @pytest.mark.usefixtures("here")

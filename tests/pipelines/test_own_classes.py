@@ -19,13 +19,15 @@ from fewstep.models.adapter_guidance import with_adapters
 from fewstep.models.conditioning import Condition
 from fewstep.models.denoiser import NetworkDenoiser
 from fewstep.models.guide_network import guide_for, with_guide
-from fewstep.models.load import make_denoiser
+from fewstep.models.load import load_denoiser, make_denoiser
 from fewstep.models.schedule import Schedule
 from fewstep.models.two_time import two_time
+from fewstep.pipelines.check import allowed
 from fewstep.pipelines.flow_scheduler import FlowGridScheduler
 from fewstep.pipelines.manifest import read_manifest
 from fewstep.pipelines.merge import plain_network
-from tests import tiny
+from tests import tiny, tiny_pipelines
+from tests.pipelines import matrix
 from tests.pipelines.conftest import Student, difference
 
 pytestmark = pytest.mark.usefixtures("here")
@@ -206,3 +208,22 @@ def test_inputs_of_other_views_do_not_leave(tmp_path, cosine):
     assert difference(Student(student), Sampler.of(cosine, 4), tmp_path / "out") <= 1e-5
     assert read_manifest(tmp_path / "out").scheduler.endswith(".LCMScheduler")
     assert DDIMScheduler.__name__ not in read_manifest(tmp_path / "out").scheduler
+
+
+QUICK = ("flux",)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # numpy, of diffusers
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in tiny_pipelines.PIPELINES]
+)
+def test_guidance_adapters_leave_inside_a_network_of_every_family(tmp_path, name):
+    teacher = matrix.Teacher.saved(name, tmp_path)
+    shape, condition = teacher.latents.shape, teacher.latents.condition.rows(slice(0, 1))
+    example, denoiser = Batch(torch.randn(1, *shape), condition, torch.zeros(1)), load_denoiser(str(teacher.folder))
+    denoiser = denoiser.sized(shape)
+    student = trained(with_adapters(denoiser, SCALES, example, 4, 8), "guidance_adapters")
+    sampler = Sampler.of(student.process, 2, "ddim")
+    assert difference(Student(student, teacher.folder), sampler, tmp_path / "out") <= allowed(student, sampler)
+    manifest = read_manifest(tmp_path / "out")
+    assert (manifest.guidance, f"FewStep{type(student.network).__name__}" in str(manifest.own)) == (3.0, True)

@@ -9,14 +9,14 @@ import torch
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, LCMScheduler
 
 from fewstep.diffusion.prediction import Kind
-from fewstep.diffusion.process import EDM, VP, Flow
+from fewstep.diffusion.process import EDM, VP, Flow, TrigFlow
 from fewstep.diffusion.solvers import Sampler
 from fewstep.errors import UserError
 from fewstep.models.denoiser import NetworkDenoiser
 from fewstep.models.load import make_denoiser
 from fewstep.models.schedule import Schedule, alphas_cumprod, schedule_of
 from fewstep.pipelines.check import allowed
-from fewstep.pipelines.recipes import RECIPES, recipe_of
+from fewstep.pipelines.recipes import recipe_of
 from fewstep.pipelines.schedulers import contract_of
 from tests import tiny
 from tests.pipelines.conftest import Student, difference
@@ -48,7 +48,7 @@ TABLES = [
     ],
 )
 def test_renoising_on_a_table_leaves_with_lcm(cosine, steps, grid, argument):
-    contract = contract_of(cosine, Kind.V, Sampler.of(cosine, steps))
+    contract = contract_of(Schedule(cosine, Kind.V), Sampler.of(cosine, steps))
     assert type(contract.scheduler) is LCMScheduler
     assert (contract.argument, list(contract.values)) == (argument, grid)
     told = {"timesteps": grid} if argument == "timesteps" else {"num_inference_steps": steps}
@@ -58,7 +58,7 @@ def test_renoising_on_a_table_leaves_with_lcm(cosine, steps, grid, argument):
 
 @pytest.mark.parametrize("steps", range(1, 9))
 def test_ddim_leaves_with_a_scheduler_whose_own_grid_is_the_samplers(cosine, steps):
-    contract = contract_of(cosine, Kind.EPS, Sampler.of(cosine, steps, "ddim"))
+    contract = contract_of(Schedule(cosine, Kind.EPS), Sampler.of(cosine, steps, "ddim"))
     assert type(contract.scheduler) is (DPMSolverMultistepScheduler if 1000 % steps else DDIMScheduler)
     assert contract.by_number
     contract.scheduler.set_timesteps(steps)
@@ -69,7 +69,7 @@ def test_ddim_leaves_with_a_scheduler_whose_own_grid_is_the_samplers(cosine, ste
 @pytest.mark.parametrize("told", [True, False], ids=["teacher's words", "table alone"])
 def test_the_noise_table_survives(words, told):
     process = VP(alphas_cumprod(words))
-    contract = contract_of(process, Kind.X0, Sampler.of(process, 4), words if told else None)
+    contract = contract_of(Schedule(process, Kind.X0), Sampler.of(process, 4), words if told else None)
     torch.testing.assert_close(contract.scheduler.alphas_cumprod.double(), process.alphas_cumprod, rtol=2e-6, atol=0)
     reread = schedule_of({**contract.scheduler.config, "_class_name": "LCMScheduler"})
     assert reread.kind is Kind.X0
@@ -79,7 +79,7 @@ def test_the_noise_table_survives(words, told):
 @pytest.mark.parametrize("kind", ["renoise", "ddim", "euler"])
 def test_flow_leaves_with_euler_on_the_samplers_own_sigmas(shift, steps, by_number, kind):
     process = Flow(float(shift))
-    contract = contract_of(process, Kind.VELOCITY, Sampler.of(process, steps, kind))
+    contract = contract_of(Schedule(process, Kind.VELOCITY), Sampler.of(process, steps, kind))
     scheduler = contract.scheduler
     assert type(scheduler) is FlowMatchEulerDiscreteScheduler
     assert scheduler.config["stochastic_sampling"] is (kind == "renoise")
@@ -92,17 +92,18 @@ def test_flow_leaves_with_euler_on_the_samplers_own_sigmas(shift, steps, by_numb
 @pytest.mark.parametrize(
     ("process", "kind", "sampler", "told"),
     [
-        (EDM(), Kind.X0, Sampler((80.0,)), "no stock scheduler samples EDM"),
+        (EDM(), Kind.X0, Sampler((80.0,)), "no scheduler samples EDM with sample by 'renoise'"),
+        (TrigFlow(), Kind.VELOCITY, Sampler((1.5,)), "no scheduler samples TrigFlow"),
         (Flow(), Kind.VELOCITY, Sampler((1.0,), "heun"), "by 'heun'"),
         (Flow(), Kind.EPS, Sampler((1.0,)), "Flow with epsilon"),
-        (Flow(), Kind.VELOCITY, Sampler((1.0, 0.0)), "numbers above 0"),
-        (None, Kind.V, Sampler((999.0, 499.5)), "499.5 is no index"),
+        (Flow(), Kind.VELOCITY, Sampler((1.0, 0.0)), "numbers above 0 up to 1"),
+        (None, Kind.V, Sampler((1000.0, 499.5)), r"times \[1000.0, 499.5\] given, numbers from 0 up to 999 can leave"),
         (None, Kind.VELOCITY, Sampler((999.0,)), "VP with velocity"),
     ],
 )
 def test_what_cannot_leave_is_told(cosine, process, kind, sampler, told):
     with pytest.raises(UserError, match=told):
-        contract_of(process or cosine, kind, sampler)
+        contract_of(Schedule(process or cosine, kind), sampler)
 
 
 @pytest.mark.parametrize("steps", [1, 3, 4])
@@ -142,14 +143,6 @@ def test_the_teachers_pipeline_makes_the_same_samples(teachers, tmp_path, name, 
     limit = allowed(student.denoiser, sampler)
     assert limit == pytest.approx({"sd15": 1e-5 / 0.0682, "dit": 1e-5 / 0.00635, "sd3": 1e-5}[name], rel=1e-2)
     assert difference(student, sampler, tmp_path / "out") <= limit
-
-
-def test_a_pipeline_that_takes_no_list_refuses_other_grids(teachers):
-    student = teachers("dit").denoiser
-    sampler = Sampler.of(student.process, 3)
-    contract = contract_of(student.process, student.kind, sampler)
-    with pytest.raises(UserError, match=r"DiTPipeline takes no timesteps.*666"):
-        RECIPES["DiTPipeline"].settle(contract, sampler)
 
 
 def test_networks_without_a_pipeline_are_told(teachers):

@@ -76,9 +76,10 @@ def sources(network_teacher: bool = False) -> Sources:
 
 def config(method: Mapping[str, Any], folder: Path = Path("run"), **sections: Mapping[str, Any]) -> RunConfig:
     """A run of a few steps; each section takes what is told over these settings."""
+    stored = {"pairs": made_pairs(folder / "pairs.safetensors")} if method.get("pairs") == MADE else {}
     values: dict[str, dict[str, Any]] = {
         "run": {"dir": str(folder)},
-        "method": {**method, **({"pairs": _pairs(folder)} if method.get("pairs") == MADE else {})},
+        "method": {**method, **stored},
         "data": {"name": "mixture", "batch_size": 8},
         "optim": {"lr": 1e-2},
         "train": {"steps": 7, "ema": 0.9, "sample_every": 0},
@@ -88,11 +89,11 @@ def config(method: Mapping[str, Any], folder: Path = Path("run"), **sections: Ma
     return parse(values)
 
 
-def _pairs(folder: Path) -> str:
-    """Pairs of the five labelled modes that nothing made."""
-    noise, x0 = torch.randn(2, 64, 2, generator=torch.Generator().manual_seed(0)).unbind()
-    save_pairs(folder / "pairs.safetensors", Pair(noise, x0, Condition.of_labels(torch.arange(64) % 5)))
-    return str(folder / "pairs.safetensors")
+def made_pairs(path: Path, shape: tuple[int, ...] = (2,), classes: int = 5) -> str:
+    """Pairs that nothing made, as a file; of the five labelled modes where no more is said."""
+    noise, x0 = torch.randn(2, 64, *shape, generator=torch.Generator().manual_seed(0)).unbind()
+    save_pairs(path, Pair(noise, x0, Condition.of_labels(torch.arange(64) % classes)))
+    return str(path)
 
 
 def begin(run: RunConfig, start: Sources | None = None) -> TrainState:
@@ -101,7 +102,7 @@ def begin(run: RunConfig, start: Sources | None = None) -> TrainState:
 
 
 def precision(run: RunConfig) -> str:
-    return "bf16" if run.train.precision == "bf16" else "no"
+    return "no" if run.train.precision == "fp32" else "bf16"
 
 
 def go(state: TrainState, steps: int | None = None) -> list[Report]:

@@ -24,10 +24,11 @@ from tests.training.runs import METHODS, begin, config, go, weights
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 
 STEPS, CUT = 7, 3
-# Of the others, a relativistic loss does not see the last bias of a discriminator, whose rounding errors Adam takes for
-# gradients; and agd's processes take whole trajectories of their own share of the batch.
-ALIKE = tuple(name for name in METHODS if name not in {"gdd", "self_adversarial", "agd"})
-SPREAD = ("dmd2", "consistency", "scm", "flow_map")  # in the quick tests; the slow one has all
+ALIKE = tuple(METHODS)
+# A relativistic loss compares logits, and so does not see what is added to all of them: the gradient of this bias is 0
+# but for rounding, of which Adam makes steps of full size. Nothing else depends on it.
+UNSEEN = ("discriminator/heads.0.layers.4.bias", {"gdd", "self_adversarial"})
+SPREAD = ("dmd2", "consistency", "scm", "flow_map", "scfm")  # in the quick tests; the slow one has all
 CARRIED = ("dmd2", "consistency")
 
 
@@ -84,7 +85,8 @@ def assert_alike(folder: Path, names: tuple[str, ...], shard: str, expected: dic
         assert first.keys() == expected[name].keys()
         for key, value in expected[name].items():
             assert torch.equal(first[key], second[key]), key
-            torch.testing.assert_close(first[key], value, rtol=0, atol=1e-5)
+            if key != UNSEEN[0] or name not in UNSEEN[1]:
+                torch.testing.assert_close(first[key], value, rtol=0, atol=1e-5)
 
 
 def test_two_processes_are_one_with_the_same_global_batch(tmp_path):
@@ -135,8 +137,9 @@ def test_checkpoints_are_of_any_number_of_processes(tmp_path):
         for shard in ("none", "full"):
             state = begin(run_of(name, tmp_path / "alone"))
             (saved,) = list_checkpoints(tmp_path / f"{name}-{shard}")
-            files = {path.name for path in saved.iterdir()}
-            assert files == {path.name for path in alone.iterdir()}
+            sets = {path.name.removesuffix(".safetensors") for path in saved.iterdir()}
+            assert sets == {path.name.removesuffix(".safetensors") for path in alone.iterdir()}
+            assert (saved / "player-student").is_dir() == (shard == "full")
             checkpoint.restore(saved, state)
             go(state)
             from_one, from_two = load_file(tmp_path / f"{name}-{shard}.safetensors"), whole_weights(state)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import mmap
 import os
 import signal
-import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -22,10 +20,11 @@ from fewstep.commands.train import CHECKPOINTS, logged, save
 from fewstep.config import Optim
 from fewstep.errors import RunError, UserError
 from fewstep.models.players import Player
-from fewstep.training import checkpoint
+from fewstep.training import checkpoint, tensor_files
 from fewstep.training.checkpoint import Damaged, list_checkpoints, restore_last
 from fewstep.training.loop import TrainState, train
 from fewstep.training.optim import make_optimizers
+from tests.training.disks import fill, mount
 from tests.training.ranks import begin_rank, launch
 from tests.training.runs import METHODS, assert_same, begin, config, everything, go
 
@@ -134,10 +133,10 @@ def test_a_refused_write_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
     save(state)
     good = list_checkpoints(tmp_path / CHECKPOINTS)
 
-    def full(tensors: object, path: object) -> None:
+    def full(tensors: object, path: object, metadata: object) -> None:
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(tensor_files, "save_file", full)
     go(state, 1)
     with pytest.raises(
         RunError, match=r"step-00000003 cannot be written \(No space left on device\); the same command"
@@ -151,33 +150,6 @@ def test_a_refused_write_leaves_the_last_good_checkpoint(tmp_path, monkeypatch):
 
 
 QUIET = {"checkpoint_every": 1, "log_every": 100, "trackers": []}
-
-
-@pytest.fixture
-def disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of its own with room for a few checkpoints."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    try:
-        mount(place, "-t", "tmpfs", "-o", "size=512k")
-    except (OSError, subprocess.CalledProcessError) as error:
-        pytest.skip(f"no file system can be mounted here: {error}")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
-
-
-def mount(place: Path, *words: str) -> None:
-    subprocess.run(["mount", *words, "tmpfs", str(place)], check=True, capture_output=True)
-
-
-def fill(disk: Path, leave: int) -> Path:
-    """Write until nothing more fits but `leave` bytes."""
-    path = disk / "filler"
-    with path.open("wb", buffering=0) as stream, contextlib.suppress(OSError):
-        while True:
-            stream.write(bytes(4096))
-    os.truncate(path, path.stat().st_size - leave)
-    return path
 
 
 def train_and(state: TrainState, step: int, do: Callable[[], object]) -> None:

@@ -11,13 +11,20 @@ from accelerate import Accelerator
 
 from benchmarks.evaluations import module_of, saved
 from benchmarks.step import parts_of
+from fewstep import registry
 from fewstep.cli import main
-from fewstep.commands.configs import find
+from fewstep.commands.configs import find, shipped
 from fewstep.commands.dry_run import measured, table
 from fewstep.config import RunConfig
 from fewstep.config_file import load
+from fewstep.models.load import load_denoiser
 from fewstep.training.assemble import assemble, open_sources
+from fewstep.training.footprint import Footprint
 from fewstep.training.loop import TrainState, train
+from tests import tiny_pipelines
+from tests.data.cache_lab import pictures
+from tests.training.digits import digits_teacher
+from tests.training.runs import made_pairs
 
 SMALL = "{num_layers: 2, num_attention_heads: 2, attention_head_dim: 16, patch_size: 4}"
 DIT = ["student.new=null", f"student.new={{network: DiTTransformer2DModel, config: {SMALL}}}"]
@@ -121,3 +128,104 @@ def test_offloading_is_mentioned(tmp_path):
     run = config("dmd2", tmp_path)
     run = run.model_copy(update={"memory": run.memory.model_copy(update={"offload": True})})
     assert any("waits on the host" in line for line in table(measured(run), run))
+
+
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading any is an error from here on."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("weights are read")
+
+    monkeypatch.setattr("diffusers.ModelMixin.from_pretrained", refuse)
+    monkeypatch.setattr("safetensors.torch.load_file", refuse)
+
+
+PICTURES = [name for name in shipped() if name.startswith(("demo/", "emoji32/"))]
+PROMPTS = {"sd15_dmd2": "sd15", "sdxl_dmd2_lora": "sdxl", "flux_scfm": "flux", "pixart_swiftbrush": "pixart",
+           "sana_scm": "sana"}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PICTURES)
+def test_every_shipped_config_is_measured_before_a_weight_is_read(name, tmp_path, monkeypatch):
+    words = [f"run.dir={tmp_path / 'run'}"]
+    if name == "emoji32/reflow":
+        words.append(f"method.pairs={made_pairs(tmp_path / 'pairs.safetensors', (3, 32, 32), 24)}")
+    run = load(find(Path(name)), words)
+    no_weights(monkeypatch)
+    checked(measured(run), run)
+
+
+def checked(said: Footprint, run: RunConfig) -> None:
+    """Whatever the method: players that move, their moments, and what each turn computes and keeps."""
+    movers = {name for turn in said.turns.values() for name in turn.trains}
+    assert movers == set(said.optimizer)
+    assert "student" in movers
+    assert "ema" in said.averages
+    for turn in said.turns.values():
+        assert turn.evaluations
+        assert min(turn.evaluations.values()) > 0
+        assert turn.gradients > 0
+        assert turn.activations > 0
+    held = [*said.parameters.values(), said.other_parameters, *said.optimizer.values(), *said.averages.values()]
+    assert said.resident == sum(held)
+    assert said.peak == said.resident + max(turn.activations + turn.gradients for turn in said.turns.values())
+    assert any(f"{said.peak / 2**20:.1f} MiB" in line for line in table(said, run))
+
+
+def test_every_method_has_a_shipped_config():
+    methods = {load(find(Path(name)), []).method.name for name in PICTURES}
+    assert methods == set(registry.names())
+
+
+def test_every_config_of_prompts_is_measured():
+    assert {f"text_to_image/{name}" for name in PROMPTS} == {n for n in shipped() if n.startswith("text_to_image/")}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:diffusers.*")
+@pytest.mark.parametrize("name", PROMPTS)
+def test_configs_of_prompts_are_measured_before_a_weight_is_read(name, tmp_path, monkeypatch):
+    """On pipelines of the same classes, whose widths are tiny."""
+    teacher, cache = tiny_pipelines.saved(PROMPTS[name], tmp_path / "teacher"), tmp_path / "cache"
+    words = ["--data", "captions", "--path", str(pictures(tmp_path / "pictures", side=32)), "--size", "32"]
+    with pytest.raises(SystemExit) as end:
+        main(["cache", str(teacher), str(cache), *words])
+    assert not end.value.code
+    run = load(find(Path(f"text_to_image/{name}")), [f"teacher.path={teacher}", f"data.path={cache}"])
+    no_weights(monkeypatch)
+    checked(measured(run), run)
+
+
+def test_a_dry_run_of_a_hub_name_fetches_no_weights(tmp_path, monkeypatch):
+    folder = digits_teacher(tmp_path / "teacher")
+    for path in folder.rglob("*.safetensors"):
+        path.unlink()
+    asked: list[str] = []
+
+    def fetch(name: str, allow_patterns: list[str], **_: object) -> str:
+        asked.extend(allow_patterns)
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetch)
+    network = load_denoiser("someone/something", "meta").network
+    assert all(p.is_meta for p in network.parameters())
+    assert "*/*.json" in asked
+    assert not any("safetensors" in pattern for pattern in asked)
+
+
+def test_weights_in_bfloat16_are_counted_as_they_are(tmp_path):
+    """Networks, moments, gradients and averages of a real run; activations without copies of the weights."""
+    words = [f"run.dir={tmp_path}", "data.batch_size=2", "train.precision=bf16_weights"]
+    run = load(find(Path("emoji32/consistency")), words)
+    said, state = measured(run), real(run)
+    next(train(state))
+    assert said.parameters["student"] == sum(t.numel() * t.element_size() for t in all_of(state.method.student.network))
+    moments = state.optimizers["student"].adamw.state.values()
+    assert said.optimizer["student"] == sum(v.numel() * v.element_size() for s in moments for v in s.values())
+    player = state.method.players["student"].parameters.values()
+    assert said.turns["student"].gradients == sum(p.numel() * p.element_size() for p in player)
+    assert said.averages["ema"] == sum(4 * p.numel() for p in player)
+    whole = measured(load(find(Path("emoji32/consistency")), [*words[:2], "train.precision=bf16"]))
+    assert 0.5 < said.parameters["student"] / whole.parameters["student"] < 0.6
+    assert said.turns["student"].activations < whole.turns["student"].activations

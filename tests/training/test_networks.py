@@ -16,6 +16,7 @@ from fewstep.errors import UserError
 from fewstep.models.players import Player
 from fewstep.models.recompute import Recompute
 from fewstep.training import eight_bits
+from fewstep.training.assemble import assemble
 from fewstep.training.networks import named_networks, prepare_networks
 from fewstep.training.optim import make_optimizers
 from fewstep.training.sharding import denoisers
@@ -157,3 +158,62 @@ def test_a_run_that_computes_blocks_again_is_the_same_run(tmp_path):
         go(again, 3)
         ends.append(weights(again))
     assert [key for key in ends[0] if not torch.equal(ends[0][key], ends[1][key])] == []
+
+
+@pytest.mark.parametrize(
+    ("sections", "line"),
+    [
+        ({"memory": {"teacher": "bfloat16"}}, "memory.teacher: bfloat16 given, but train.precision=bf16_weights keeps"),
+        (
+            {"optim": {"kind": "adamw_8bit"}},
+            "train.precision: bf16_weights given, with optim.kind=adamw_8bit, which rounds to the nearest",
+        ),
+    ],
+)
+def test_weights_in_bfloat16_refuse_what_rounds_them_otherwise(sections, line):
+    run = config(METHODS["dmd2"], train={"precision": "bf16_weights"}, **sections)
+    with pytest.raises(UserError, match=line):
+        assemble(run, sources(), Accelerator(cpu=True))
+
+
+@pytest.mark.parametrize(
+    ("train", "memory", "line"),
+    [
+        ({}, {}, "train.compile: graphs given, which CUDA alone records, and this run is on cpu"),
+        ({"accumulate": 2}, {}, "train.compile: graphs given, with train.accumulate=2; use whole"),
+        ({}, {"offload": True}, "train.compile: graphs given, with memory.offload, which moves weights; leave"),
+        ({}, {"checkpoint": ["student"]}, "train.compile: graphs given, with memory.checkpoint; use blocks"),
+        ({}, {"teacher": "float8"}, "memory.teacher: float8 given, with train.compile; leave one of them out"),
+    ],
+)
+def test_graphs_are_refused_where_they_cannot_be_replayed(train, memory, line):
+    for how in ({"compile": "graphs"}, {"compile_players": {"student": "graphs"}}):
+        with pytest.raises(UserError, match=line):
+            begin(config(METHODS["dmd2"], train={**how, **train}, memory=memory))
+
+
+def test_an_average_is_never_kept_in_fewer_bits(tmp_path):
+    """The target of consistency is a network that nobody trains, but no teacher: it moves by less than a bit."""
+    state: Any = start("consistency", "unet", True, tmp_path)
+    held = [*denoisers(vars(state.method).values())]
+    averages, target = state.method.averages.values(), state.method.target.network
+    for train, memory in ((Train(precision="bf16_weights"), Memory()), (Train(), Memory(teacher="bfloat16"))):
+        run = state.config.model_copy(update={"train": train, "memory": memory})
+        prepare_networks(run, state.method.players, held, CPU, averages)
+        assert {p.dtype for p in target.parameters()} == {torch.float32}
+    assert torch.bfloat16 in {p.dtype for p in state.method.student.network.parameters()}
+    go(state, 2)
+
+
+def test_image_networks_stay_channels_last_through_training(tmp_path):
+    """Weights, gradients, moments and averages of every player, and the teacher: convolutions take them fastest so."""
+    state: Any = start("dmd2", "unet", True, tmp_path)
+    go(state, 6)
+    networks = [state.method.student, state.method.fake_score, state.method.real_score.denoiser]
+    kept = [p for one in networks for p in one.network.parameters()]
+    for optimizer in state.optimizers.values():
+        kept += [s[name] for s in optimizer.adamw.state.values() for name in ("exp_avg", "exp_avg_sq")]
+    kept += [value for one in state.method.averages.values() for value in one.shadow.values()]
+    images = [t for t in kept if t.ndim == 4 and t.shape[1] > 1 and t.shape[2] > 1]
+    assert len(images) > 3 * 10
+    assert all(t.is_contiguous(memory_format=torch.channels_last) and t.stride(1) == 1 for t in images)

@@ -9,13 +9,14 @@ import pytest
 import torch
 from diffusers import DDIMPipeline, DDIMScheduler
 
+from fewstep import registry
 from fewstep.commands.train import logged
 from fewstep.config import RunConfig
 from fewstep.data.samples import Samples
 from fewstep.models.load import load_denoiser
 from fewstep.training import checkpoint
 from fewstep.training.assemble import Sources
-from fewstep.training.loop import TrainState
+from fewstep.training.loop import TrainState, train
 from tests.tiny import alive, unet2d_classes
 from tests.training.runs import METHODS, assert_same, begin, config, everything, go, sources
 
@@ -33,10 +34,10 @@ def strides(state: TrainState) -> dict[str, tuple[int, ...]]:
     return {name: optimizer.adamw.state[parameter]["exp_avg"].stride() for name, parameter in parameters}
 
 
-@pytest.mark.parametrize("stop", [1, 4])
 @pytest.mark.parametrize("name", METHODS)
-def test_stopped_and_resumed_is_bit_identical(tmp_path, name, stop):
-    run = config(METHODS[name], tmp_path, optim={"warmup": 3, "decay": "cosine"})
+def test_stopped_and_resumed_is_bit_identical(tmp_path, name):
+    """In the warm-up, when every player has moved; the slow test below stops after each kind of turn."""
+    stop, run = 4, config(METHODS[name], tmp_path, optim={"warmup": 5, "decay": "cosine"})
     straight = begin(run)
     go(straight)
     first = begin(run)
@@ -81,11 +82,68 @@ def test_stages_keep_their_place_with_workers_and_accumulation(tmp_path, stop):
     assert_same(everything(straight), everything(second))
 
 
+def test_every_registered_method_is_resumed():
+    assert {method["name"] for method in METHODS.values()} == set(registry.names())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", METHODS)
+def test_it_may_stop_after_any_turn(tmp_path, name):
+    """Between every two kinds of turn that follow each other in ten steps, stages included, in a warm-up and after."""
+    run = config(METHODS[name], tmp_path, optim={"warmup": 6, "decay": "linear"}, train={"steps": 10, "keep_last": 10})
+    straight = begin(run)
+    turns = [straight.method.turn(step) for step in range(10)]
+    for report in train(straight):
+        checkpoint.save(tmp_path, straight)
+        assert report.turn == turns[report.step - 1].name
+    found, seen = checkpoint.list_checkpoints(tmp_path), set()
+    assert len(found) == 10
+    for stop in range(1, 10):
+        before, after = turns[stop - 1], turns[stop]
+        kind = (before.name, after.name, after.stage is not None and after.stage.start == stop)
+        if kind not in seen:
+            seen.add(kind)
+            again = begin(run)
+            checkpoint.restore(found[stop - 1], again)
+            go(again)
+            assert_same(everything(straight), everything(again))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_epochs_go_on_where_they_were(tmp_path, workers):
+    """Eleven samples, eight a step: stopped in the third epoch, of which two samples had been seen."""
+
+    class Eleven:
+        shape, classes, length = (2,), sources().dataset.classes, 11
+
+        def batch(self, indices):
+            return sources().dataset.batch(indices)
+
+    def start() -> Sources:
+        return Sources(Eleven(), sources().teacher, sources().student)
+
+    run = config(METHODS["consistency"], tmp_path, data={"workers": workers})
+    straight = begin(run, start())
+    go(straight)
+    first = begin(run, start())
+    go(first, 3)
+    assert divmod(first.loader.position, 11) == (2, 2)
+    checkpoint.save(tmp_path, first)
+    second = resumed(run, start())
+    go(second)
+    assert_same(everything(straight), everything(second))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", METHODS)
 def test_forty_steps_are_thirteen_and_twenty_seven(tmp_path, name):
-    """With loader processes and accumulation, the first part killed as a generator is: without a word."""
-    sections = {"data": {"workers": 2}, "train": {"steps": 40, "accumulate": 2, "checkpoint_every": 13, "trackers": []}}
+    """With loader processes, accumulation, a warm-up and the panel's readings; the first part ends without a word."""
+    sections = {
+        "data": {"workers": 2},
+        "train": {"steps": 40, "accumulate": 2, "checkpoint_every": 13, "trackers": []},
+        "optim": {"warmup": 20, "decay": "linear"},
+        "health": {"every": 5},
+    }
     cut, whole = (config(METHODS[name], made(tmp_path / one), **sections) for one in ("cut", "whole"))
     straight = begin(whole)
     for _ in logged(straight):

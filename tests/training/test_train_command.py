@@ -18,6 +18,9 @@ from safetensors.torch import load_file
 
 from fewstep.errors import UserError
 from fewstep.training.checkpoint import sha256
+from fewstep.training.finished import load_run
+from fewstep.training.integrity import files_of, read_facts
+from fewstep.training.tensor_files import opened
 from tests.tiny import alive, unet2d_classes
 
 ENVIRONMENT = os.environ | {"PYTHONWARNINGS": "default", "COLUMNS": "200"}
@@ -107,25 +110,46 @@ def test_killed_and_started_again_ends_at_the_same_bits(tmp_path, teacher, metho
     assert [line["step"] for line in log(killed)] == list(range(1, steps + 1))
 
 
+SMOOTH = ("optim.eps=1e-4", "optim.lr=1e-3")
+"""Adam divides a gradient by its own size, so that where it is only rounding, a step is as large as elsewhere. Keys of
+an attention have such a bias, which softmax does not see, and weights before a normalisation are near it: with the
+default of 1e-8, sums in another order alone move these up to 1.6e-5 apart in six steps, sharded or not. An ε above the
+rounding leaves the gradients themselves to compare."""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("shard", ["none", "full"])
 @pytest.mark.parametrize("method", ["dmd2", "consistency"])
 def test_two_launched_ranks_are_one_process(tmp_path, teacher, method, shard):
     path = written(tmp_path, teacher, method, 6)
-    finish(command(path, tmp_path / "one"))
+    finish(command(path, tmp_path / "one", *SMOOTH))
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2",
               "--main_process_port", "0", "-m"]  # fmt: skip
-    finish([*launch, *command(path, tmp_path / "two", f"train.shard={shard}", "train.sample_every=3")[2:]])
+    words = (*SMOOTH, f"train.shard={shard}", "train.sample_every=3")
+    finish([*launch, *command(path, tmp_path / "two", *words)[2:]])
     assert (tmp_path / "two" / "samples" / "step-00000006.png").is_file()
     assert final(tmp_path / "two", 6)["rng.safetensors"] == final(tmp_path / "one", 6)["rng.safetensors"]
-    for file in final(tmp_path / "one", 6):
-        if file.startswith(("rng", "optimizer")):
-            continue
-        one, two = (load_file(tmp_path / name / "checkpoints" / "step-00000006" / file) for name in ("one", "two"))
-        assert one.keys() == two.keys()
-        for key in one:
-            # Sharded convolutions are not channels-last, so that their kernels round otherwise.
-            torch.testing.assert_close(two[key], one[key], rtol=0, atol=1e-5 if shard == "none" else 5e-5)
+    one, two = (weights(tmp_path / name / "checkpoints" / "step-00000006") for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for key in one:
+        torch.testing.assert_close(two[key], one[key], rtol=0, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+    first = load_file(next((teacher / "unet").glob("*.safetensors")))
+    assert max(float((one[f"player-student {key}"] - value).abs().max()) for key, value in first.items()) > 5e-4
+    student = load_run(tmp_path / "two").student.parameters()
+    for key, value in two.items():
+        if key.startswith("average-ema "):
+            assert torch.equal(student[key.removeprefix("average-ema ")], value), key
+
+
+def weights(checkpoint: Path) -> dict[str, torch.Tensor]:
+    """Players and averages, whole, however the checkpoint is cut."""
+    facts = read_facts(checkpoint)
+    names = {file.removesuffix(".safetensors").partition("/")[0] for file in facts["sha256"]}
+    out = {}
+    for name in (one for one in names if one.startswith(("player", "average"))):
+        with opened([checkpoint / file for file in files_of(facts, name)]) as stored:
+            out |= {f"{name} {key}": stored.read(key) for key in stored.shapes}
+    return out
 
 
 def test_a_folder_with_a_checkpoint_can_be_refused(tmp_path, teacher, capsys):

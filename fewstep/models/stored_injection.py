@@ -1,4 +1,4 @@
-"""Guidance adapters and guides, from a trained network to the facts in a config and back to an empty one."""
+"""Guidance adapters and guides as facts in a network's config: from a trained network, and back to an empty one."""
 
 from __future__ import annotations
 
