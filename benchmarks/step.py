@@ -42,9 +42,10 @@ from fewstep.models.denoiser import NetworkDenoiser
 from fewstep.models.heads import Heads
 from fewstep.models.load import make_denoiser
 from fewstep.models.schedule import Schedule, alphas_cumprod
-from fewstep.training.assemble import Sources, assemble
+from fewstep.training.assemble import assemble
 from fewstep.training.host_memory import keep_freed_memory
 from fewstep.training.loop import TrainState, train
+from fewstep.training.opening import Sources
 
 CLASSES = 24
 STEPS = 1_000_000

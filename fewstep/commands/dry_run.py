@@ -14,8 +14,9 @@ from fewstep.commands.json_file import require_writable, write_json
 from fewstep.config import RunConfig
 from fewstep.config_file import load
 from fewstep.errors import RunError
-from fewstep.training.assemble import assemble, open_sources
+from fewstep.training.assemble import assemble
 from fewstep.training.footprint import Footprint, footprint, remembered_numbers
+from fewstep.training.opening import open_sources
 
 METHOD = (
     "weights, moments and averages are exact; activations are what autograd keeps for one micro-batch, counted on "

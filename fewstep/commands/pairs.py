@@ -18,7 +18,8 @@ from fewstep.errors import UserError
 from fewstep.models.conditioning import Condition
 from fewstep.models.denoiser import NetworkDenoiser
 from fewstep.models.guidance import Guided
-from fewstep.training.assemble import guided_teacher, open_sources
+from fewstep.training.assemble import guided_teacher
+from fewstep.training.opening import open_sources
 
 
 @dataclass(frozen=True)

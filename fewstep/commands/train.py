@@ -14,15 +14,16 @@ from fewstep.commands.configs import find
 from fewstep.commands.pictures import sample_grid
 from fewstep.commands.preview import Preview
 from fewstep.commands.signals import Signals
-from fewstep.commands.watch import Watch
+from fewstep.commands.watch import Watch, undisturbed
 from fewstep.config import RunConfig
 from fewstep.config_file import load
 from fewstep.errors import RunError, UserError
 from fewstep.training import checkpoint
-from fewstep.training.assemble import assemble, make_accelerator, open_sources
+from fewstep.training.assemble import assemble, make_accelerator
 from fewstep.training.clock import Clock, Speed
 from fewstep.training.failures import ends_told
 from fewstep.training.loop import Report, TrainState, train
+from fewstep.training.opening import open_sources
 from fewstep.training.retention import point_at
 from fewstep.training.tracking import Log, require_trackers
 
@@ -110,7 +111,8 @@ def _logged(state: TrainState) -> Iterator[Report]:
                 advance(report)
                 if config.train.sample_every and _due(report.step, config.train.sample_every, config):
                     path = config.run.dir / "samples" / f"step-{report.step:08d}.png"
-                    sample_grid(state, path) if preview is None else preview.write(state, path)
+                    with undisturbed(config):
+                        sample_grid(state, path) if preview is None else preview.write(state, path)
                 # A signal is heard after all that belongs to the step: what goes on from there makes none of it again.
                 new_best, stopped = watch.is_best(), signals.agreed(state, report.step)
                 if new_best or stopped or _due(report.step, config.train.checkpoint_every, config):
@@ -126,7 +128,7 @@ def _logged(state: TrainState) -> Iterator[Report]:
 
 
 def save(state: TrainState) -> None:
-    """A checkpoint by the main process; the others lend their parts and wait, so that none runs ahead of a torn one."""
+    """A checkpoint; every process calls, and waits for the others, so that none runs ahead of a torn one."""
     checkpoint.save(state.config.run.dir / CHECKPOINTS, state)
 
 

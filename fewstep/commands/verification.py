@@ -32,9 +32,10 @@ from fewstep.models.guidance_input import at_scale, middle
 from fewstep.models.load import make_denoiser
 from fewstep.models.schedule import Schedule
 from fewstep.models.vector_network import VectorConfig, VectorNetwork
-from fewstep.training.assemble import EMA, Sources, assemble
+from fewstep.training.assemble import EMA, assemble
 from fewstep.training.loop import TrainState, train
 from fewstep.training.method import Claims
+from fewstep.training.opening import Sources
 
 SAMPLES = 4096
 WARM_STEPS = 1000

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 from accelerate import Accelerator, DistributedType
@@ -13,33 +10,23 @@ from accelerate import Accelerator, DistributedType
 from fewstep import registry
 from fewstep.config import RunConfig, Teacher
 from fewstep.data.batch import Batch
-from fewstep.data.cache_fit import told_by
 from fewstep.data.loader import Loader
-from fewstep.data.sources import Dataset, open_dataset
-from fewstep.diffusion.process import same_process
-from fewstep.diffusion.solvers import Denoiser
 from fewstep.errors import UserError
 from fewstep.models.conditioning import Condition
-from fewstep.models.denoiser import NetworkDenoiser
 from fewstep.models.guidance import Guided
-from fewstep.models.load import Shape, load_denoiser, new_denoiser, resolve
 from fewstep.models.players import Average
-from fewstep.rng import Rng
+from fewstep.rng import Rng, seeded
 from fewstep.section import found
-from fewstep.training.encoding import encoded_by_the_run, unlabelled
 from fewstep.training.host_memory import keep_freed_memory
 from fewstep.training.loop import TrainState
 from fewstep.training.method import Method, Setup
 from fewstep.training.networks import prepare_networks
 from fewstep.training.offload import offload_to_host
+from fewstep.training.opening import Sources
 from fewstep.training.optim import make_optimizers
 from fewstep.training.sharding import denoisers, refuse_with_sharding, shard
 from fewstep.training.starting import (
-    at_one_scale,
     hears_scales,
-    open_student,
-    open_teacher,
-    refuse_inputs,
     refuse_other_scales,
     refuse_unheard,
 )
@@ -47,115 +34,6 @@ from fewstep.training.starting import (
 EMA = "ema"
 PLAIN = (DistributedType.MULTI_CPU, DistributedType.MULTI_GPU, DistributedType.MULTI_XPU, DistributedType.MULTI_NPU)
 """What accelerate may be asked for: processes side by side, each with its device."""
-
-
-@dataclass(frozen=True)
-class Sources:
-    """Where a run starts.
-
-    Attributes:
-        dataset: what it learns from.
-        teacher: frozen; None: it learns from the data alone.
-        student: with its first weights.
-        weak: the model that the teacher is guided by, where that is not the teacher itself.
-    """
-
-    dataset: Dataset
-    teacher: Denoiser | None
-    student: NetworkDenoiser
-    weak: Denoiser | None = None
-
-
-def open_sources(config: RunConfig, device: torch.device | str = "cpu") -> Sources:
-    """Data, teacher and student of a run's config.
-
-    Raises:
-        UserError: something is missing or does not fit together.
-    """
-    dataset = open_dataset(config.data.name, size=config.data.size, seed=config.run.seed, split="train",
-                           path=config.data.path, options=config.data.options)  # fmt: skip
-    teacher = open_teacher(config.teacher, device)
-    dataset = encoded_by_the_run(config, dataset, device)
-    if teacher is not None:
-        teacher = told_by(dataset, teacher, "teacher", _folder(config.teacher.path, device)).sized(dataset.shape)
-    student = _first_student(config, teacher, dataset, device)
-    student = told_by(dataset, student, "student", _folder(config.student.path, device)).sized(dataset.shape)
-    for name, denoiser in (("teacher", teacher), ("student", student)):
-        if denoiser is not None:
-            _check_fit(name, denoiser, dataset)
-    weak = _weak_teacher(config.teacher.weak, teacher, device)
-    return Sources(dataset if student.null is not None else unlabelled(dataset), teacher, student, weak)
-
-
-def _folder(path: str | None, device: torch.device | str) -> Path | None:
-    return None if path is None else resolve(path, weights=torch.device(device).type != "meta")
-
-
-def _weak_teacher(
-    path: str | None, teacher: NetworkDenoiser | None, device: torch.device | str
-) -> NetworkDenoiser | None:
-    if path is None or teacher is None:
-        return None
-    weak = load_denoiser(path, device, "teacher.weak")
-    refuse_inputs(weak, f"teacher.weak: {path}")
-    if not same_process(weak.process, teacher.process):
-        raise UserError(f"teacher.weak: the noise schedule of {path} is another than the teacher's; they must agree")
-    for what, (its, ours) in {
-        "classes": (_classes(weak), _classes(teacher)),
-        "channels": (_channels(weak), _channels(teacher)),
-    }.items():
-        if its != ours:
-            raise UserError(f"teacher.weak: {path} has {its or 'no'} {what}, the teacher {ours or 'none'}; "
-                            "they must agree")  # fmt: skip
-    return weak
-
-
-def _classes(denoiser: NetworkDenoiser) -> int:
-    return 0 if denoiser.null is None or denoiser.null.labels is None else int(denoiser.null.labels)
-
-
-def _channels(denoiser: NetworkDenoiser) -> int | None:
-    return getattr(denoiser.network, "config", {}).get("in_channels")
-
-
-def _first_student(
-    config: RunConfig, teacher: NetworkDenoiser | None, dataset: Dataset, device: torch.device | str
-) -> NetworkDenoiser:
-    if config.student.new is not None:
-        channels, side = dataset.shape[0], dataset.shape[-1]
-        shape = Shape(channels, side, len(dataset.classes))
-        return new_denoiser(config.student.new, shape, config.run.seed).to(device)
-    if config.student.path is not None:
-        return open_student(config.student.path, teacher, config.teacher, device)
-    if teacher is None:
-        raise UserError("teacher.path: missing; give a teacher, or student.new for a network from scratch")
-    if config.student.lora is None:
-        return at_one_scale(teacher.copy(), config.teacher)
-    teacher.adapters.convolutions = config.student.lora_convolutions
-    with _seeded(config.run.seed):
-        return at_one_scale(teacher.lora_view("student", config.student.lora), config.teacher)
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Inside, torch's global stream starts at `seed`: new weights are the same in every process and every run."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
-
-
-def _check_fit(name: str, denoiser: NetworkDenoiser, dataset: Dataset) -> None:
-    channels = _channels(denoiser)
-    held = dataset.shape[-1 if denoiser.family.packed else 1 if denoiser.family.frames == 1 else 0]
-    if channels is not None and channels != held:
-        raise UserError(f"data.name: samples have {held} channels, the {name} takes {channels}")
-    if denoiser.null is None or denoiser.null.labels is None:
-        return
-    classes = int(denoiser.null.labels)
-    if len(dataset.classes) != classes:
-        raise UserError(
-            f"data.name: {len(dataset.classes)} classes in the data, {classes} in the {name}; they must agree"
-        )
 
 
 def build_method(config: RunConfig, sources: Sources) -> Method:
@@ -238,7 +116,7 @@ def assemble(config: RunConfig, sources: Sources, accelerator: Accelerator) -> T
     if rest or not micro:
         raise UserError(f"data.batch_size: {config.data.batch_size} does not divide into {world} processes × "
                         f"train.accumulate={accumulate}; give a multiple of {world * accumulate}")  # fmt: skip
-    with _seeded(config.run.seed):
+    with seeded(config.run.seed):
         method = build_method(config, sources)
     # After the method is built: a compiled network would not see the taps that it adds.
     held = list(denoisers((sources.teacher, sources.weak, *vars(method).values())))

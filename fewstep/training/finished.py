@@ -16,7 +16,8 @@ from fewstep.diffusion.solvers import Sampler
 from fewstep.errors import UserError
 from fewstep.models.denoiser import NetworkDenoiser
 from fewstep.training import checkpoint
-from fewstep.training.assemble import EMA, build_method, open_sources
+from fewstep.training.assemble import EMA, build_method
+from fewstep.training.opening import open_sources
 
 SOLVER_STEPS = 32  # of a network that is no few-step student
 

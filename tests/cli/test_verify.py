@@ -19,8 +19,8 @@ from fewstep.errors import UserError
 from fewstep.models.load import make_denoiser
 from fewstep.models.schedule import Schedule
 from fewstep.models.vector_network import VectorConfig, VectorNetwork
-from fewstep.training.assemble import Sources
 from fewstep.training.method import Claims
+from fewstep.training.opening import Sources
 from tests.cli.lab import call
 from tests.training.runs import METHODS, begin, config
 

@@ -23,9 +23,9 @@ from fewstep.data.faults import DataFault
 from fewstep.data.loader import Loader
 from fewstep.data.samples import Samples
 from fewstep.errors import RunError, UserError
-from fewstep.training.assemble import Sources, open_sources
 from fewstep.training.checkpoint import list_checkpoints, restore_last
 from fewstep.training.loop import TrainState, train
+from fewstep.training.opening import Sources, open_sources
 from tests.training.runs import METHODS, assert_same, begin, config, everything, go
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="signals and /proc as Linux has them")

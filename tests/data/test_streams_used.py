@@ -14,7 +14,7 @@ import pytest
 from fewstep.commands import cache as command
 from fewstep.data.cached import CachedLatents
 from fewstep.errors import UserError
-from fewstep.training.assemble import open_sources
+from fewstep.training.opening import open_sources
 from tests.cli.lab import call
 from tests.data.cache_lab import files_of
 from tests.data.stream_lab import (

@@ -15,8 +15,8 @@ from fewstep.diffusion.process import Flow
 from fewstep.models.denoiser import NetworkDenoiser
 from fewstep.models.families import Family
 from fewstep.models.lora import Adapters
-from fewstep.training.assemble import Sources
 from fewstep.training.loop import TrainState, train
+from fewstep.training.opening import Sources
 from tests.training.runs import begin
 
 

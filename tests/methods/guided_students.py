@@ -19,8 +19,8 @@ from fewstep.models.guidance_input import at_scale
 from fewstep.models.load import make_denoiser
 from fewstep.models.schedule import Schedule
 from fewstep.models.vector_network import VectorConfig, VectorNetwork
-from fewstep.training.assemble import Sources
 from fewstep.training.loop import TrainState
+from fewstep.training.opening import Sources
 from tests.training.runs import begin, config
 
 STD = 0.8

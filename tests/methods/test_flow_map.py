@@ -25,8 +25,8 @@ from fewstep.models.load import make_denoiser
 from fewstep.models.schedule import Schedule
 from fewstep.rng import Rng
 from fewstep.training import checkpoint
-from fewstep.training.assemble import Sources
 from fewstep.training.method import Setup
+from fewstep.training.opening import Sources
 from tests import tiny
 from tests.methods.gaussians import denoiser, finish
 from tests.training.runs import assert_same, begin, config, everything, go, sources

@@ -16,8 +16,8 @@ from fewstep.diffusion.gaussian import GaussianMixture
 from fewstep.errors import UserError
 from fewstep.models.external_features import PACKAGE
 from fewstep.models.load import load_denoiser
-from fewstep.training.assemble import Sources
 from fewstep.training.loop import TrainState
+from fewstep.training.opening import Sources
 from tests.methods.gaussians import Gaussian, finish, state_of
 from tests.tiny import alive, unet2d_classes
 from tests.training.runs import begin, config, go, moved, sources, weights

@@ -20,7 +20,7 @@ from fewstep.models.guidance_input import with_guidance
 from fewstep.models.lora import Adapters
 from fewstep.rng import Rng
 from fewstep.training import checkpoint
-from fewstep.training.assemble import Sources
+from fewstep.training.opening import Sources
 from tests.training.runs import assert_same, begin, config, everything, go, sources
 
 CLASSES = GaussianMixture(torch.ones(2), torch.tensor([[1.0], [-0.5]]), torch.full((2,), 0.7), torch.tensor([0, 1]))

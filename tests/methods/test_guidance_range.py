@@ -19,8 +19,8 @@ from fewstep.models.load import make_denoiser
 from fewstep.models.schedule import Schedule
 from fewstep.models.vector_network import VectorConfig, VectorNetwork
 from fewstep.training import checkpoint
-from fewstep.training.assemble import Sources
 from fewstep.training.loop import TrainState
+from fewstep.training.opening import Sources
 from tests.training.runs import METHODS, assert_same, begin, config, everything, go
 
 CLASSES = GaussianMixture(torch.ones(2), torch.tensor([[0.5, 0.0], [0.0, 0.3]]), torch.ones(2), torch.tensor([0, 1]))

@@ -26,8 +26,8 @@ from fewstep.models.schedule import schedule_of
 from fewstep.models.two_time import two_time
 from fewstep.rng import Rng
 from fewstep.training import checkpoint
-from fewstep.training.assemble import Sources
 from fewstep.training.loop import TrainState
+from fewstep.training.opening import Sources
 from tests.methods.gaussians import denoiser, finish, state_of
 from tests.tiny import alive, unet2d_classes
 from tests.training.runs import assert_same, begin, config, everything, go, sources

@@ -21,7 +21,7 @@ from fewstep.models.families import Family
 from fewstep.models.lora import Adapters
 from fewstep.rng import Rng
 from fewstep.training import checkpoint
-from fewstep.training.assemble import Sources
+from fewstep.training.opening import Sources
 from tests.training.runs import assert_same, begin, config, everything, go, sources, weights
 
 DATA = GaussianMixture(torch.ones(1), torch.ones(1, 1), torch.full((1,), 0.7), torch.tensor([0]))

@@ -18,8 +18,8 @@ from fewstep.errors import UserError
 from fewstep.models.load import make_denoiser
 from fewstep.models.schedule import schedule_of
 from fewstep.training import checkpoint
-from fewstep.training.assemble import Sources
 from fewstep.training.loop import TrainState
+from fewstep.training.opening import Sources
 from tests.methods.gaussians import finish, state_of
 from tests.tiny import alive, unet2d_classes
 from tests.training.runs import assert_same, begin, config, everything, go, sources

@@ -13,8 +13,8 @@ from fewstep.diffusion.process import Flow
 from fewstep.errors import UserError
 from fewstep.models.conditioning import Condition
 from fewstep.models.denoiser import NetworkDenoiser
-from fewstep.training.assemble import Sources
 from fewstep.training.loop import TrainState
+from fewstep.training.opening import Sources
 from tests.methods.gaussians import Gaussian, denoiser, finish, state_of
 from tests.methods.quadrature import Quadrature
 from tests.training.runs import begin, config, go, moved, sources, vector_denoiser, weights

@@ -127,7 +127,8 @@ def test_a_run_of_recorded_graphs_goes_the_same_way(name, tmp_path):
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
 
-    from fewstep.training.assemble import Sources, assemble
+    from fewstep.training.assemble import assemble
+    from fewstep.training.opening import Sources
     from tests.training.runs import METHODS, config, go, sources, vector_denoiser, weights
 
     ends, memory = [], []

@@ -20,8 +20,9 @@ from fewstep.models.guidance import Guided
 from fewstep.models.load import make_denoiser
 from fewstep.models.schedule import Schedule
 from fewstep.rng import Rng
-from fewstep.training.assemble import Sources, guided_teacher
+from fewstep.training.assemble import guided_teacher
 from fewstep.training.loop import train
+from fewstep.training.opening import Sources
 from tests.tiny import alive, unet2d, unet2d_classes
 from tests.training.runs import METHODS, begin, config, go, sources
 

@@ -18,9 +18,11 @@ from fewstep.config import NewNetwork
 from fewstep.diffusion.prediction import Kind
 from fewstep.diffusion.process import EDM, VP, Flow, Process
 from fewstep.errors import UserError
+from fewstep.models.capture import denoiser_of
 from fewstep.models.conditioning import Condition
 from fewstep.models.denoiser import NetworkDenoiser
-from fewstep.models.load import Shape, load_denoiser, new_denoiser, resolve
+from fewstep.models.load import Shape, load_denoiser, make_denoiser, new_denoiser, resolve
+from fewstep.models.schedule import Schedule
 from tests import tiny_pipelines
 from tests.tiny import alive, dit_pipeline, sd3_pipeline, sd15_pipeline, unet2d_classes
 
@@ -136,6 +138,12 @@ def damage(folder: Path, what: str) -> None:
             (folder / "model_index.json").unlink()
         case "index torn":
             (folder / "model_index.json").write_text("{")
+        case "index in another encoding":
+            (folder / "model_index.json").write_bytes('{"_class_name": "Ä"}'.encode("latin-1"))
+        case "index a list":
+            (folder / "model_index.json").write_text("[]")
+        case "entry empty":
+            rewrite(folder / "model_index.json", unet=[])
         case "no network":
             rewrite(folder / "model_index.json", unet=["diffusers", "AutoencoderKL"])
         case "two networks":
@@ -147,6 +155,12 @@ def damage(folder: Path, what: str) -> None:
             (folder / "scheduler" / "scheduler_config.json").write_text('{"_class_name": "MyScheduler"}')
         case "no scheduler":
             (folder / "scheduler" / "scheduler_config.json").unlink()
+        case "words for a number":
+            rewrite(folder / "scheduler" / "scheduler_config.json", _class_name="FlowMatchEuler", shift="big")
+        case "words in the table":
+            rewrite(folder / "scheduler" / "scheduler_config.json", beta_start="low")
+        case "words in the network":
+            rewrite(folder / "unet" / "config.json", layers_per_block="two")
         case "unknown class":
             rewrite(folder / "unet" / "config.json", _class_name="UNet2DModell")
         case "no config":
@@ -169,6 +183,9 @@ def damage(folder: Path, what: str) -> None:
 DAMAGE = [
     ("no index", "no model_index.json; a diffusers pipeline folder is needed"),
     ("index torn", "model_index.json: not JSON"),
+    ("index in another encoding", "model_index.json: not JSON"),
+    ("index a list", "model_index.json: list found; values by name are needed"),
+    ("entry empty", "one network of UNet2DModel, .* is needed; its components are scheduler: .*, unet: None"),
     ("no network", "one network of UNet2DModel, .* is needed; its components are scheduler: DDIMScheduler, unet: Auto"),
     ("two networks", "unet and transformer_2 are networks both; pipelines of one network are known"),
     ("a component", "one component, without a model_index.json; give the pipeline folder above it"),
@@ -177,6 +194,9 @@ DAMAGE = [
         "scheduler: MyScheduler states no noise table; variance-preserving, FlowMatch and EDM ones are",
     ),
     ("no scheduler", "scheduler: no scheduler_config.json"),
+    ("words for a number", "scheduler: its config is damaged: could not convert string to float: 'big'"),
+    ("words in the table", "scheduler: no noise table can be made of it: .*"),
+    ("words in the network", "unet: the weights cannot be read: "),
     ("unknown class", "network 'UNet2DModell' is not known; did you mean 'UNet2DModel'?"),
     ("no config", "unet: no config.json"),
     ("zero terminal snr", "leaves x̂_0 undefined at pure noise"),
@@ -193,6 +213,17 @@ def test_damage_is_one_line(folder, what, told):
     with pytest.raises(UserError, match=told) as caught:
         load_denoiser(str(folder))
     assert "\n" not in str(caught.value)
+
+
+def test_a_config_that_its_class_cannot_serve():
+    """diffusers' Qwen-Image takes `guidance_embeds` and has no layers for it: it would fail at the first call."""
+    network: Any = denoiser_of(tiny_pipelines.qwen())
+    schedule = Schedule(Flow(), Kind.VELOCITY)
+    network.register_to_config(guidance_embeds=False)
+    assert make_denoiser(network, schedule).family.own_guidance(network.config) is None
+    network.register_to_config(guidance_embeds=True)
+    with pytest.raises(UserError, match=r"^QwenImageTransformer2DModel: its config says guidance_embeds: true, .*$"):
+        make_denoiser(network, schedule)
 
 
 def test_paths_that_lead_nowhere(folder):

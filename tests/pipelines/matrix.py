@@ -25,7 +25,8 @@ from fewstep.pipelines.manifest import read_manifest
 from fewstep.pipelines.plan import Form
 from fewstep.pipelines.recipes import RECIPES
 from fewstep.training import checkpoint
-from fewstep.training.assemble import EMA, Sources
+from fewstep.training.assemble import EMA
+from fewstep.training.opening import Sources
 from tests import tiny_pipelines
 from tests.training.runs import assert_same, begin, config, everything, go, moved
 

@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 
 from fewstep.config import RunConfig
-from fewstep.training.assemble import Sources, assemble
+from fewstep.training.assemble import assemble
 from fewstep.training.loop import TrainState
+from fewstep.training.opening import Sources
 from tests.training.runs import sources
 
 

@@ -22,8 +22,9 @@ from fewstep.models.denoiser import NetworkDenoiser
 from fewstep.models.load import make_denoiser
 from fewstep.models.schedule import Schedule
 from fewstep.models.vector_network import VectorConfig, VectorNetwork
-from fewstep.training.assemble import Sources, assemble
+from fewstep.training.assemble import assemble
 from fewstep.training.loop import Report, TrainState, train
+from fewstep.training.opening import Sources
 
 MADE = "made here"
 """For a method that learns from stored pairs: `config` writes some into the run's folder."""

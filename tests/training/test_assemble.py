@@ -14,7 +14,8 @@ from fewstep.data.samples import Unlabelled
 from fewstep.diffusion.gaussian import five_modes
 from fewstep.errors import UserError
 from fewstep.models.denoiser import NetworkDenoiser
-from fewstep.training.assemble import Sources, _check_fit, assemble, open_sources
+from fewstep.training.assemble import assemble
+from fewstep.training.opening import Sources, _check_fit, open_sources
 from tests.training.runs import (
     METHODS,
     assert_same,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import inspect
 import json
 import shutil
@@ -13,10 +14,10 @@ from safetensors.torch import load_file
 
 from fewstep import registry
 from fewstep.errors import UserError
-from fewstep.training import checkpoint, tensor_files
-from fewstep.training.assemble import Sources
+from fewstep.training import checkpoint, integrity, tensor_files
 from fewstep.training.differences import depends_on_its_length, reads_the_length
 from fewstep.training.loop import TrainState
+from fewstep.training.opening import Sources
 from fewstep.training.retention import list_checkpoints, step_of, superfluous
 from tests.training.runs import METHODS, assert_same, begin, config, everything, go, sources, vector_denoiser
 
@@ -70,6 +71,23 @@ def test_some_stay_for_good(tmp_path):
         state.step = step
         checkpoint.save(tmp_path, state)
     assert [int(path.name[5:]) for path in list_checkpoints(tmp_path)] == [4, 8, 10, 11]
+
+
+def test_a_copy_beside_them_is_no_checkpoint_of_the_run(tmp_path):
+    """It is neither gone on from nor dropped, and no step is read from its name."""
+    for name in ("step-00000002", "step-00000002-mine", "step-00000009 (copy)", "step-00000004"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "state.json").write_text("{}")
+    assert [path.name for path in list_checkpoints(tmp_path)] == ["step-00000002", "step-00000004"]
+
+
+def test_a_later_one_does_not_push_out_what_is_saved(tmp_path):
+    """A run that went back from a damaged checkpoint, and is stopped before it comes to that step again."""
+    state = begin(config(METHODS["pretrain"], tmp_path, train={"steps": 9, "keep_last": 1}))
+    for step in (8, 2, 4):
+        state.step = step
+        checkpoint.save(tmp_path, state)
+    assert [step_of(path) for path in list_checkpoints(tmp_path)] == [4, 8]
 
 
 @pytest.mark.parametrize(
@@ -172,6 +190,18 @@ def test_damage_is_one_line(tmp_path, what):
     assert "\n" not in str(caught.value)
 
 
+def test_a_file_that_the_disk_does_not_give_back_is_damaged(tmp_path, monkeypatch):
+    """As its processes must hear: one that ended at it would leave the others waiting."""
+    state = saved(tmp_path)
+
+    def unreadable(path: Path) -> str:
+        raise OSError(errno.EIO, "Input/output error", str(path))
+
+    monkeypatch.setattr(integrity, "sha256", unreadable)
+    with pytest.raises(checkpoint.Damaged, match=r"average-ema.safetensors: damaged or missing; .*00000002 cannot"):
+        checkpoint.restore(list_checkpoints(tmp_path)[-1], begin(state.config))
+
+
 @pytest.mark.parametrize(
     ("sections", "told"),
     [
@@ -256,6 +286,39 @@ def test_another_config_can_be_forced(tmp_path):
     assert_same(everything(state), everything(other))
     go(other, 1)
     assert other.optimizers["student"].adamw.param_groups[0]["lr"] == 0.5
+
+
+def in_bitsandbytes_place(parameters, config, lr, weight_decay):
+    return torch.optim.AdamW(parameters, lr=lr, betas=config.betas, eps=config.eps, weight_decay=weight_decay)
+
+
+def test_steps_counted_in_plain_numbers_come_back_as_such(tmp_path, monkeypatch):
+    """bitsandbytes counts so; torch's unfused AdamW stands in its place."""
+    monkeypatch.setattr("fewstep.training.optim.make_8bit", in_bitsandbytes_place)
+    state = begin(config(METHODS["pretrain"], tmp_path, optim={"kind": "adamw_8bit"}))
+    go(state, 3)
+    for one in state.optimizers["student"].adamw.state.values():
+        one["step"] = int(one["step"])
+    checkpoint.save(tmp_path, state)
+    again = begin(state.config)
+    checkpoint.restore(list_checkpoints(tmp_path)[-1], again)
+    ours, theirs = (one.optimizers["student"] for one in (state, again))
+    for name, leaf in theirs.leaves.items():
+        found, wanted = theirs.adamw.state[leaf], ours.adamw.state[ours.leaves[name]]
+        assert isinstance(found["step"], int)
+        assert found["step"] == 3
+        assert torch.equal(found["exp_avg_sq"], wanted["exp_avg_sq"])
+
+
+def test_moments_of_another_form_cannot_be_forced(tmp_path, monkeypatch):
+    saved(tmp_path)
+    monkeypatch.setattr("fewstep.training.optim.make_8bit", in_bitsandbytes_place)
+    other = begin(config(METHODS["dmd2"], tmp_path, optim={"kind": "adamw_8bit"}, train={"steps": 6}))
+    before = everything(other)
+    line = r"step-00000002: optim.kind was adamw, is adamw_8bit, which keeps its moments in another form; such a change"
+    with pytest.raises(UserError, match=line):
+        checkpoint.restore(list_checkpoints(tmp_path)[-1], other, lambda text: None)
+    assert_same(before, everything(other))
 
 
 @pytest.mark.parametrize(

@@ -21,10 +21,11 @@ from fewstep.commands.train import logged
 from fewstep.config_file import parse
 from fewstep.errors import UserError
 from fewstep.training import best
-from fewstep.training.assemble import assemble, open_sources
+from fewstep.training.assemble import assemble
 from fewstep.training.checkpoint import list_checkpoints, sha256
 from fewstep.training.finished import load_run
 from fewstep.training.loop import TrainState
+from fewstep.training.opening import open_sources
 from fewstep.training.tracking import read_lines
 from tests.training.digits import digits_run, digits_values
 from tests.training.runs import METHODS, assert_same, begin, config, everything

@@ -18,9 +18,10 @@ from fewstep.commands.dry_run import measured, table
 from fewstep.config import RunConfig
 from fewstep.config_file import load
 from fewstep.models.load import load_denoiser
-from fewstep.training.assemble import assemble, open_sources
+from fewstep.training.assemble import assemble
 from fewstep.training.footprint import Footprint
 from fewstep.training.loop import TrainState, train
+from fewstep.training.opening import open_sources
 from tests import tiny_pipelines
 from tests.data.cache_lab import pictures
 from tests.training.digits import digits_teacher

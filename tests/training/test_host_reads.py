@@ -17,8 +17,9 @@ from torch.utils._pytree import tree_leaves
 from fewstep.data.mixture import MixtureSet
 from fewstep.diffusion.gaussian import five_modes
 from fewstep.diffusion.process import Flow
-from fewstep.training.assemble import Sources, assemble
+from fewstep.training.assemble import assemble
 from fewstep.training.loop import TrainState
+from fewstep.training.opening import Sources
 from tests.training.runs import METHODS, begin, config, go, vector_denoiser
 
 READS = {"_local_scalar_dense", "nonzero", "masked_select", "_unique2", "unique_dim", "unique_consecutive", "equal",

@@ -16,8 +16,8 @@ from fewstep.config import RunConfig
 from fewstep.errors import UserError
 from fewstep.models.denoiser import NetworkDenoiser
 from fewstep.training import checkpoint
-from fewstep.training.assemble import Sources
 from fewstep.training.loop import TrainState
+from fewstep.training.opening import Sources
 from tests.models.test_families import _of_pipeline as family_case
 from tests.pipelines.matrix import Latents
 from tests.training.runs import METHODS, assert_same, begin, config, everything, go, moved, sources

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -11,7 +13,8 @@ import torch
 from accelerate import Accelerator
 
 from benchmarks.step import start
-from fewstep.config import Memory, Optim, Train
+from fewstep.commands import train as command
+from fewstep.config import Memory, Optim, RunConfig, Train
 from fewstep.errors import UserError
 from fewstep.models.players import Player
 from fewstep.models.recompute import Recompute
@@ -138,9 +141,27 @@ def test_an_optimizer_that_asks_the_host_goes_the_same_way(tmp_path, monkeypatch
     assert int(optimizer.skips.total) == 1
 
 
+def test_grids_are_made_without_compiled_code(tmp_path, monkeypatch):
+    """Another batch size would have networks compiled anew, and training would go on with that: to other bits."""
+    seen: list[str] = []
+
+    @contextmanager
+    def noted(_run: RunConfig) -> Iterator[None]:
+        seen.append("uncompiled")
+        yield
+        seen.append("as before")
+
+    monkeypatch.setattr(command, "undisturbed", noted)
+    monkeypatch.setattr(command, "sample_grid", lambda state, path: seen.append(path.name))
+    run = config(METHODS["pretrain"], tmp_path, train={"steps": 1, "sample_every": 1, "trackers": []})
+    assert len(list(command.logged(begin(run)))) == 1
+    assert seen == ["uncompiled", "step-00000001.png", "as before"]
+
+
 def test_a_run_that_computes_blocks_again_is_the_same_run(tmp_path):
     """DMD2 on tiny UNets, three steps, with and without."""
-    from fewstep.training.assemble import Sources, assemble
+    from fewstep.training.assemble import assemble
+    from fewstep.training.opening import Sources
 
     ends = []
     for names in ((), ("student", "fake_score")):

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import shutil
+import weakref
 from collections.abc import Mapping
 from functools import partial
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from fewstep.commands import preview
 from fewstep.commands.preview import COLUMNS, Preview
 from fewstep.commands.train import logged
 from fewstep.config import RunConfig
@@ -27,11 +31,12 @@ from fewstep.diffusion.process import Flow
 from fewstep.diffusion.solvers import Sampler, sample
 from fewstep.errors import UserError
 from fewstep.evaluation.features import to_uint8
-from fewstep.models.encoder import open_encoder
+from fewstep.models.encoder import Encoder, open_encoder
 from fewstep.models.guidance import Guided
 from fewstep.models.load import load_denoiser
-from fewstep.training.assemble import EMA, open_sources
+from fewstep.training.assemble import EMA
 from fewstep.training.loop import TrainState
+from fewstep.training.opening import open_sources
 from tests.cli.lab import Outcome, call
 from tests.data.cache_lab import CAPTIONS, pictures
 from tests.tiny_pipelines import PIPELINES, facts, saved
@@ -230,6 +235,32 @@ def test_what_a_run_that_encodes_is_refused_for(place, tmp_path, words, line):
     outcome = trained(tmp_path, run, *words)
     assert (outcome.code, line in outcome.err.replace("('a cat',)", "['a cat']")) == (2, True), outcome.err
     assert not (tmp_path / "run").exists()
+
+
+def test_text_encoders_that_told_the_prompts_of_grids_are_gone(place, monkeypatch):
+    """Though they rested, which leaves cycles."""
+    opened: list[weakref.ref[Any]] = []
+
+    def noted(*args: Any, **words: Any) -> Encoder:
+        made = open_encoder(*args, **words)
+        opened.append(weakref.ref(made.capture.pipeline.text_encoder))
+        return made
+
+    monkeypatch.setattr(preview, "open_encoder", noted)
+    monkeypatch.setattr(preview, "pipeline_of", lambda *_: str(place / "sd15"))
+    config = SimpleNamespace(memory=SimpleNamespace(encoders="host"))
+    state: Any = SimpleNamespace(config=config, accelerator=SimpleNamespace(device=torch.device("cpu")))
+    data: Any = SimpleNamespace(index=SimpleNamespace(plan=SimpleNamespace(size=SIDE)))
+    assert len(preview._told(state, data, ["an owl", ""]).batched["encoder_hidden_states"]) == 2
+    assert [one() for one in opened] == [None]
+
+
+def test_draws_need_a_vae_with_a_posterior(place, tmp_path, monkeypatch):
+    encode: Any = AutoencoderKL.encode
+    monkeypatch.setattr(AutoencoderKL, "encode", lambda vae, x, return_dict: (encode(vae, x).latent_dist.mode(),))
+    open_sources(run_of(place, tmp_path))
+    with pytest.raises(UserError, match=r"data\.latents: drawn given, but the VAE in .*sd15 has one latent for an"):
+        open_sources(run_of(place, tmp_path, data={"latents": "drawn"}))
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ from fewstep.config import RunConfig
 from fewstep.data.samples import Samples
 from fewstep.models.load import load_denoiser
 from fewstep.training import checkpoint
-from fewstep.training.assemble import Sources
 from fewstep.training.loop import TrainState, train
+from fewstep.training.opening import Sources
 from tests.tiny import alive, unet2d_classes
 from tests.training.runs import METHODS, assert_same, begin, config, everything, go, sources
 

@@ -193,7 +193,8 @@ def test_a_checkpoint_keeps_the_precision_and_a_finished_run_is_float32(tmp_path
     """What is sampled and exported is the average, which is not rounded."""
     from fewstep.commands.train import write_config
     from fewstep.config_file import load
-    from fewstep.training.assemble import assemble, make_accelerator, open_sources
+    from fewstep.training.assemble import assemble, make_accelerator
+    from fewstep.training.opening import open_sources
 
     words = [f"run.dir={tmp_path}", "train.precision=bf16_weights", "data.batch_size=2", "train.steps=2"]
     run = load(Path("configs/emoji32/consistency.yaml"), words)
@@ -249,7 +250,8 @@ def test_a_run_on_cuda_goes_the_same_way_and_never_waits(tmp_path):
     from fewstep.data.mixture import MixtureSet
     from fewstep.diffusion.gaussian import five_modes
     from fewstep.diffusion.process import Flow
-    from fewstep.training.assemble import Sources, assemble
+    from fewstep.training.assemble import assemble
+    from fewstep.training.opening import Sources
     from tests.training.runs import vector_denoiser
 
     ends = []
