@@ -66,7 +66,7 @@ class SelfAdversarial(Method):
     paper = (
         "Yang et al. 2025, Towards One-step Causal Video Generation via Adversarial Self-Distillation, arXiv 2511.01419"
     )
-    claims = Claims(steps=(1, 2), one_student=True)  # four steps come near the bar, on either side of it
+    claims = Claims(one_student=True)
 
     def __init__(self, config: SelfAdversarialConfig, setup: Setup) -> None:
         assert setup.guided is not None
