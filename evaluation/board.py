@@ -13,6 +13,7 @@ from typing import Any
 from fewstep.errors import UserError
 
 TEACHER = "teacher"  # the family of teachers' rows
+_LATER = ("prompts", "size")  # of the protocol, that earlier versions did not write
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Protocol:
         samples: images on each side.
         seed: of the noise and of the real samples.
         metrics: names of further metrics, with commas between; empty for none.
+        prompts: hash of the prompts in a file; empty where the reference's captions are drawn, or no prompts.
+        size: side of the images in pixels, of sources of latents; None: their own.
     """
 
     reference: str
@@ -32,6 +35,8 @@ class Protocol:
     samples: int
     seed: int
     metrics: str = ""
+    prompts: str = ""
+    size: int | None = None
 
 
 @dataclass(frozen=True)
@@ -189,6 +194,7 @@ def require_same(one: Board, other: Board) -> None:
     for name in (each.name for each in fields(Protocol)):
         here, there = getattr(one.protocol, name), getattr(other.protocol, name)
         if here != there:
+            here, there = ("not given" if value in ("", None) else value for value in (here, there))
             raise UserError(f"report: {name} is {here} here and {there} in the earlier one; measure all rows alike")
     if one.identity and other.identity and one.identity != other.identity:
         raise UserError(f"report: features {one.identity} here and {other.identity} in the earlier one; measure anew")
@@ -212,7 +218,8 @@ def read_board(path: Path) -> Board:
     try:
         values = json.loads(path.read_text())
         rows = tuple(Row(**row) for row in values["rows"])
-        protocol = Protocol(**{each.name: values[each.name] for each in fields(Protocol)})
+        stated = [each.name for each in fields(Protocol) if each.name in values or each.name not in _LATER]
+        protocol = Protocol(**{name: values[name] for name in stated})
         classes = tuple(values["classes"])
         return Board(protocol, rows, values["configs"], classes, values["identity"], values["floor"])
     except OSError as error:

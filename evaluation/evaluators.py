@@ -30,7 +30,7 @@ class View:
     Attributes:
         features: of the network that distances are taken on.
         class_logits: `(N, K)` over the data's classes, by the network that knows them; or None.
-        labels: `(N,)` classes that were asked for, of real images their own; or None.
+        labels: `(N,)` classes that were asked for, of real images their own, or numbers of prompts; or None.
         texts: `(N, D)` features of the captions; or None.
     """
 

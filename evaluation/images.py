@@ -44,7 +44,7 @@ class Reference:
     seed: int
 
 
-_TERMS = ("features", "images", "real_images", "reference_sha256", "floor_images", "classifier")
+_TERMS = ("features", "images", "real_images", "reference_sha256", "floor_images", "classifier", "prompts_sha256")
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,7 @@ class Scores:
             empty where they were not measured.
         floor_images: number of these other images; 0 for none. Of a finite data set, both may be halves of it.
         classifier: identity of the network behind `accuracy`; empty where there is none.
+        prompts_sha256: hash of the prompts that the images were asked for by; None where there were none.
     """
 
     figures: Figures
@@ -73,6 +74,7 @@ class Scores:
     floor: Figures = field(default_factory=dict)
     floor_images: int = 0
     classifier: str = ""
+    prompts_sha256: str | None = None
 
     @property
     def fd(self) -> Score:
@@ -102,6 +104,7 @@ class Scores:
             "reference_sha256": self.reference_sha256,
             "floor": _plain(self.floor),
             "floor_images": self.floor_images,
+            **({} if self.prompts_sha256 is None else {"prompts_sha256": self.prompts_sha256}),
         }
 
 
@@ -198,7 +201,7 @@ def _look(dataset: ImageSet, indices: Sequence[int], panel: Panel, cache: Cache 
     pixels = to_uint8(batch.images)
     if digest is not None:
         digest.update(pixels_sha256(pixels).encode())
-    return panel.look(pixels, batch.labels, cache)
+    return panel.look(pixels, batch.labels, cache, batch.captions)
 
 
 def _others(dataset: ImageSet, indices: Sequence[int], count: int, seed: int) -> Sequence[int]:
@@ -219,7 +222,7 @@ def floor_of(panel: Panel, real: Reference) -> Figures:
     if real.floor is None:
         return {}
     try:
-        return panel.score(real.view.first(len(real.floor)), real.floor)
+        return panel.floor(real.view.first(len(real.floor)), real.floor)
     except UserError:
         return {}
 

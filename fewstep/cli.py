@@ -25,6 +25,10 @@ Json = Annotated[Path | None, typer.Option("--json", help="Write the figures to 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Rest = Literal["device", "host"]
 REFERENCE = "The real set: a data set's name, a folder, or a kind and its place: captions:FOLDER."
+SIZE = "Side in pixels, of pipelines of latents."
+DEVICE = "Where networks compute: cpu, cuda, cuda:1."
+ENCODERS = "Where text encoders and VAE rest between calls."
+PROMPTS = "One a line; left out: the reference's captions."
 GUIDANCE = "Scale of a teacher, or of a student that takes one; left out: off, or the middle of the student's range."
 FEATURES = "classifier, efficientnet-lite0, inception, clip:ARCH:TAG_OR_PATH, dinov2, lpips, or module:PACKAGE.ATTR."
 METRICS = "Names with commas between: fd, kid, mmd, pr, is, clip, diversity, accuracy; left out: fd,kid,accuracy."
@@ -103,12 +107,12 @@ def sample(
     prompt: Annotated[list[str] | None, typer.Option(help="Prompts of a text pipeline, one row each.")] = None,
     seed: Annotated[list[int] | None, typer.Option(min=0, help="Seeds of the noise, one row each.")] = None,
     guidance: Annotated[float | None, typer.Option(min=0, help=GUIDANCE)] = None,
-    size: Annotated[int | None, typer.Option(min=8, help="Side in pixels, of pipelines of latents.")] = None,
+    size: Annotated[int | None, typer.Option(min=8, help=SIZE)] = None,
     beside_teacher: Annotated[bool, typer.Option("--beside-teacher", help="Also the teacher's, same noise.")] = False,
     teacher_steps: Annotated[list[int] | None, typer.Option(min=1, help="Left out: the student's, and 32.")] = None,
     trajectory: Annotated[bool, typer.Option("--trajectory", help="Every step's x0 estimate, a row each.")] = False,
-    device: Annotated[str, typer.Option(help="Where networks compute: cpu, cuda, cuda:1.")] = "cpu",
-    encoders: Annotated[Rest, typer.Option(help="Where text encoders and VAE rest between calls.")] = "device",
+    device: Annotated[str, typer.Option(help=DEVICE)] = "cpu",
+    encoders: Annotated[Rest, typer.Option(help=ENCODERS)] = "device",
 ) -> None:
     """Make a grid of samples: a row for each class, prompt and seed, a column for each step count."""
     from fewstep.commands.sample import Request, run
@@ -122,7 +126,7 @@ def sample(
 def evaluate(
     source: Annotated[str, typer.Argument(help="A run's folder, an export, or a teacher.")],
     reference: Annotated[str, typer.Option(help=REFERENCE)] = "emoji32",
-    prompts: Annotated[Path | None, typer.Option(help="One a line; left out: the reference's captions.")] = None,
+    prompts: Annotated[Path | None, typer.Option(help=PROMPTS)] = None,
     features: Annotated[str, typer.Option(help=FEATURES)] = "classifier",
     metrics: Annotated[str | None, typer.Option(help=METRICS)] = None,
     samples: Annotated[int, typer.Option(min=2, help="Images on each side.")] = 1000,
@@ -133,9 +137,9 @@ def evaluate(
     fd_infinity: Annotated[bool, typer.Option("--fd-infinity", help="Extrapolate fd to any number of images.")] = False,
     samples_dir: Annotated[Path | None, typer.Option(help="Keep the images here; a killed run goes on.")] = None,
     png: Annotated[Path | None, typer.Option(help="Write the images here as PNG, and measure the files.")] = None,
-    size: Annotated[int | None, typer.Option(min=8, help="Side in pixels, of pipelines of latents.")] = None,
-    device: Annotated[str, typer.Option(help="Where networks compute: cpu, cuda, cuda:1.")] = "cpu",
-    encoders: Annotated[Rest, typer.Option(help="Where text encoders and VAE rest between calls.")] = "device",
+    size: Annotated[int | None, typer.Option(min=8, help=SIZE)] = None,
+    device: Annotated[str, typer.Option(help=DEVICE)] = "cpu",
+    encoders: Annotated[Rest, typer.Option(help=ENCODERS)] = "device",
     compare: Annotated[Path | None, typer.Option(help="An earlier --json file; refused where it cannot be.")] = None,
     cache: Annotated[bool, typer.Option(help="Keep the features of real images in FEWSTEP_CACHE.")] = True,
     json: Json = None,
@@ -162,24 +166,30 @@ def report(
     ),
     title: Annotated[str, typer.Option(help="Heading of the page and of the table.")] = "Leaderboard",
     steps: Annotated[list[int] | None, typer.Option(min=1, help="Step counts; a method's own where left out.")] = None,
-    reference: Annotated[str, typer.Option(help="The real set: a data set's name, or a folder.")] = "emoji32",
+    reference: Annotated[str, typer.Option(help=REFERENCE)] = "emoji32",
+    prompts: Annotated[Path | None, typer.Option(help=PROMPTS)] = None,
     features: Annotated[str, typer.Option(help=FEATURES)] = "classifier",
     metrics: Annotated[str, typer.Option(help="Further ones beside fd and kid, as evaluate takes them: pr,mmd.")] = "",
     samples: Annotated[int, typer.Option(min=3, help="Images on each side.")] = 1000,
     batch_size: Annotated[int, typer.Option(min=1, help="Images at a time; no figure depends on it.")] = 100,
     seed: Seed = 0,
+    size: Annotated[int | None, typer.Option(min=8, help=SIZE)] = None,
+    device: Annotated[str, typer.Option(help=DEVICE)] = "cpu",
+    encoders: Annotated[Rest, typer.Option(help=ENCODERS)] = "device",
     json: Annotated[
         list[Path] | None,
         typer.Option("--json", help="An earlier report.json: its rows stay, and are not measured again."),
     ] = None,
 ) -> None:
     """Compare trained students with their teachers at equal steps: a table, and a page with pictures and plots."""
+    from fewstep.commands.elsewhere import Place
     from fewstep.commands.evaluate import Request
     from fewstep.commands.report import run
 
     words = tuple(word.strip() for word in metrics.split(",") if word.strip())
     wanted = ("fd", "kid", *(word for word in words if word not in ("fd", "kid"))) if words else None
-    request = Request("", reference, features, samples, None, None, batch_size, seed, wanted)
+    request = Request("", reference, features, samples, None, None, batch_size, seed, wanted,
+                      prompts=prompts, size=size, place=Place.named(device, encoders))  # fmt: skip
     run(runs or [], out, request, steps or [], json or [], title)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Self
 
 from pydantic import Field, model_validator
@@ -30,7 +31,12 @@ class Evaluate(Section):
     samples: Annotated[int, Needs("every")] = Field(default=1000, ge=3)
     """Images on each side."""
     reference: Annotated[str | None, Needs("every")] = None
-    """The real set: a data set's name, or a folder of images. None: the run's own, `data.name` or `data.path`."""
+    """The real set: a data set's name, a folder of images, or a kind of set and its place, as captions:FOLDER.
+
+    None: the run's own, `data.name` or `data.path`.
+    """
+    prompts: Annotated[Path | None, Needs("every")] = None
+    """File with the prompts, one a line, of a student that takes such. None: the captions of the real set."""
     features: Annotated[str, Needs("every")] = "classifier"
     """The feature network, by the name it has in `fewstep evaluate --features`."""
     metrics: Annotated[tuple[str, ...] | None, Needs("every")] = Field(default=None, min_length=1)

@@ -61,7 +61,7 @@ class Request:
 
 
 def run(request: Request) -> None:
-    """Make the cache, or what is missing of it; each process makes every so-manieth shard."""
+    """Make the cache, or what is missing of it; of n processes, each makes every n-th shard."""
     state = Accelerator()
     folder = pipeline_folder(resolve(request.teacher, "teacher"))
     dataset = _dataset(request)

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import typer
 
-from fewstep.commands.generate import Clock, Made, make_shard, tracked, wanted_labels
+from fewstep.commands.elsewhere import HOST, Place
+from fewstep.commands.generate import Clock, Made, make_shard, tracked
 from fewstep.commands.generate import make_images as make_images
 from fewstep.commands.generate import sample_noise as sample_noise
 from fewstep.commands.json_file import require_writable, write_json
+from fewstep.commands.real import real_set
 from fewstep.commands.shards import Store, Team, fingerprint, shards, through_png
-from fewstep.commands.source import Source, open_source
-from fewstep.data.samples import Dataset, ImageSet
-from fewstep.data.sources import open_dataset
+from fewstep.commands.source import Source, open_any
+from fewstep.commands.wanted import prompts_of, sha256_of, wanted
+from fewstep.data.samples import ImageSet
 from fewstep.diffusion.solvers import Sampler
 from fewstep.errors import UserError
 from fewstep.evaluation.cache import Cache
@@ -34,7 +36,7 @@ class Request:
 
     Attributes:
         source: a run's folder, an export, or a teacher.
-        reference: a data set's name, or a folder of images.
+        reference: a data set's name, a folder of images, or a kind of set and its place, as captions:FOLDER.
         features: the feature network's name.
         samples: images on each side.
         steps: of the sampler; None: its own number.
@@ -46,6 +48,10 @@ class Request:
         cache: folder for the features of real images; None: they are kept nowhere.
         samples_dir: folder for the generated images, from which a killed run goes on; None: they are kept nowhere.
         png: folder for the generated images as PNG files, which are then what is measured; None: none are written.
+        prompts: file with the prompts of a source that takes such; None: the captions of the real images.
+        size: side of the images in pixels, where samples are latents; None: the source's own.
+        place: where networks compute; noise and pictures are the host's.
+        reference_options: further arguments of a set that is given by its kind and place.
     """
 
     source: str
@@ -61,6 +67,10 @@ class Request:
     cache: Path | None = None
     samples_dir: Path | None = None
     png: Path | None = None
+    prompts: Path | None = None
+    size: int | None = None
+    place: Place = HOST
+    reference_options: Mapping[str, Any] = field(default_factory=dict)
 
 
 def run(request: Request, out: Path | None, earlier: Path | None = None) -> None:
@@ -74,19 +84,19 @@ def run(request: Request, out: Path | None, earlier: Path | None = None) -> None
     facts = {"source": request.source, "steps": len(sampler.times), "sampler": sampler.kind,
              "reference": request.reference, "seed": request.seed, "guidance": request.guidance}  # fmt: skip
     figures = {**facts, **scores.as_json()}
-    _tell(figures, before)
+    _tell(figures, scores.figures, before)
     if out is not None:
         write_json(out, figures)
 
 
-def _tell(figures: Mapping[str, Any], before: Mapping[str, Any] | None) -> None:
+def _tell(figures: Mapping[str, Any], measured: Figures, before: Mapping[str, Any] | None) -> None:
     """A line a figure: its value and error, what real images have in its place, and what it was before."""
     floor = figures["floor"]
     for key in figures:
         if key == "floor" or key.endswith("_stderr"):
             continue
         notes = [f"real: {_told(floor, key)}"] if key in floor else []
-        notes += [f"before: {_told(before, key)}"] if before is not None and key in floor and key in before else []
+        notes += [f"before: {_told(before, key)}"] if before is not None and key in measured and key in before else []
         typer.echo(f"{key:<18}{_told(figures, key)}{'   (' + '; '.join(notes) + ')' if notes else ''}")
 
 
@@ -123,12 +133,12 @@ def evaluate(request: Request) -> tuple[Sampler, Scores]:
 
 def _measure(request: Request, before: Mapping[str, Any] | None) -> tuple[Sampler, Scores] | None:
     """The same beside an earlier result that it must be comparable with; None in the other processes."""
-    team, source = Team.here(), open_source(request.source, request.guidance)
+    team, source = Team.here(), open_any(request.source, request.guidance, request.size, request.place)
     sampler = source.sampler if request.steps is None else source.sampler_in(request.steps)
     bench = _Bench.of(request, source)
     if before is not None:
         require_same_terms(bench.known_terms(before), before)
-    seen = _look_at_samples(request, source, sampler, bench.panel, team)
+    seen = _look_at_samples(request, source, sampler, bench, team)
     if seen is None:
         return None
     judge = bench.judge()
@@ -145,6 +155,8 @@ class Judge:
     panel: Panel
     real: Reference
     floor: Figures
+    shape: tuple[int, int, int]
+    prompts: tuple[str, ...] | None = None
 
     @staticmethod
     def of(request: Request, source: Source) -> Judge:
@@ -162,11 +174,15 @@ class Judge:
 
     def __call__(self, made: Made) -> Scores:
         """The scores of what was made."""
-        return self.scored(self.panel.look(to_uint8(made.images), made.labels), made.seconds_per_image)
+        asked = made.wanted
+        return self.scored(
+            self.panel.look(to_uint8(made.images), asked.labels, captions=asked.prompts), made.seconds_per_image
+        )
 
     def scored(self, view: View, seconds_per_image: float | None) -> Scores:
         """The scores of images that the panel has looked at."""
-        return scored(self.panel, view, self.real, self.floor, seconds_per_image)
+        scores = scored(self.panel, view, self.real, self.floor, seconds_per_image)
+        return replace(scores, prompts_sha256=sha256_of(self.prompts))
 
 
 @dataclass(frozen=True)
@@ -176,14 +192,19 @@ class _Bench:
     request: Request
     dataset: ImageSet
     panel: Panel
+    prompts: tuple[str, ...] | None
 
     @classmethod
     def of(cls, request: Request, source: Source) -> _Bench:
-        network, dataset = extractor(request.features), _real(request, source)
-        real_indices(dataset, request.samples, request.seed)
+        network, dataset = extractor(request.features, request.place.device), real_set(request, source)
+        indices = real_indices(dataset, request.samples, request.seed)
+        prompts = prompts_of(source, request.prompts, dataset, indices)
+        asked = wanted(source, request.samples, prompts).prompts
         more = ("fd_infinity",) if request.fd_infinity else ()
-        panel = Panel.of(dataset, network, request.metrics, request.samples, source.class_count > 0, more)
-        return cls(request, dataset, panel)
+        panel = Panel.of(
+            dataset, network, request.metrics, request.samples, source.class_count > 0, more, len(set(asked or ()))
+        )
+        return cls(request, dataset, panel, asked)
 
     def judge(self) -> Judge:
         """Look at the real images."""
@@ -192,35 +213,28 @@ class _Bench:
         real = reference(
             self.dataset, request.samples, request.seed, panel.extractor, panel=panel, floor=True, cache=cache
         )
-        return Judge(panel, real, floor_of(panel, real))
+        return Judge(panel, real, floor_of(panel, real), self.dataset.shape, self.prompts)
 
     def known_terms(self, other: Mapping[str, Any]) -> Mapping[str, Any]:
         """The terms of the coming result, as far as they are known before anything has run; the rest as in `other`."""
         classifier = self.panel.classifier
         count = self.request.samples
         known = {"features": str(self.panel.extractor.identity), "images": count, "real_images": count,
-                 "classifier": "" if classifier is None else str(classifier.identity)}  # fmt: skip
+                 "classifier": "" if classifier is None else str(classifier.identity),
+                 "prompts_sha256": sha256_of(self.prompts)}  # fmt: skip
         return {**other, **known}
 
 
-def _real(request: Request, source: Source) -> ImageSet:
-    """The real set, in the source's size."""
-    folder = Path(request.reference) if Path(request.reference).is_dir() else None
-    name, size = ("folder", source.shape[-1]) if folder else (request.reference, None)
-    try:
-        dataset = open_dataset(name, seed=request.seed, size=size, path=folder)
-    except UserError as error:
-        raise UserError(f"--reference: {error}") from error
-    _check_fit(request.reference, dataset, source)
-    return dataset  # pyright: ignore[reportReturnType] - its shape was checked
+def prompts_asked(request: Request, source: Source) -> tuple[str, ...] | None:
+    """The prompts that the source's images are asked for, in turn; None for a source that takes none.
 
-
-def _check_fit(name: str, dataset: Dataset, source: Source) -> None:
-    if dataset.shape != source.shape:
-        raise UserError(f"--reference: {name} has images of shape {dataset.shape}, the source makes {source.shape}")
-    count = len(dataset.classes)
-    if source.class_count and count and count != source.class_count:
-        raise UserError(f"--reference: {name} has {count} classes, the source {source.class_count}; they must agree")
+    Raises:
+        UserError: see `prompts_of`, or the reference is not known.
+    """
+    if not source.takes_prompts and request.prompts is None:
+        return None
+    dataset = real_set(request, source)
+    return prompts_of(source, request.prompts, dataset, real_indices(dataset, request.samples, request.seed))
 
 
 @dataclass(frozen=True)
@@ -231,32 +245,39 @@ class _Seen:
     seconds_per_image: float | None
 
 
-def _look_at_samples(request: Request, source: Source, sampler: Sampler, panel: Panel, team: Team) -> _Seen | None:
+def _look_at_samples(request: Request, source: Source, sampler: Sampler, bench: _Bench, team: Team) -> _Seen | None:
     """Each process makes and looks at its share of the shards; the first one gets all."""
-    store = _store(request, sampler, team)
-    labels, parts, clock = wanted_labels(source, request.samples), [], Clock()
+    store = _store(request, source, sampler, bench.prompts, team)
+    asked, parts, clock = wanted(source, request.samples, bench.prompts), [], Clock()
     for number, rows in tracked(list(enumerate(shards(request.samples)))[team.rank :: team.size], team.main):
         images = None if store is None else store.read(rows)
         if images is None:
             with clock.timing(len(rows)):
-                made = make_shard(source, sampler, rows, labels, request.batch_size, request.seed)
+                made = make_shard(source, sampler, rows, asked, request.batch_size, request.seed)
             images = to_uint8(made)
             if store is not None:
                 store.write(rows, images)
         if request.png is not None:
             images = through_png(images, rows, request.png)
-        parts.append((number, panel.look(images, None if labels is None else labels[rows.start : rows.stop])))
+        here = asked.at(rows)
+        parts.append((number, bench.panel.look(images, here.labels, captions=here.prompts)))
     everything = team.gathered(parts)
     if not team.main:
         return None
     return _Seen(View.joined([view for _, view in sorted(everything, key=lambda part: part[0])]), clock.per_image)
 
 
-def _store(request: Request, sampler: Sampler, team: Team) -> Store | None:
+def _store(
+    request: Request, source: Source, sampler: Sampler, prompts: Sequence[str] | None, team: Team
+) -> Store | None:
     if request.samples_dir is None:
         return None
     facts = {"source": fingerprint(request.source), "sampler": sampler.kind, "steps": len(sampler.times),
              "guidance": request.guidance, "seed": request.seed}  # fmt: skip
+    if source.pixels is not None:
+        facts["size"] = source.pixels[-1]
+    if prompts is not None:
+        facts["prompts"] = sha256_of(prompts)
     return Store.open(request.samples_dir, facts, team, _warn)
 
 

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from fewstep.commands.shards import shards
 from fewstep.commands.source import Source
+from fewstep.commands.wanted import Wanted, wanted
 from fewstep.data.counter import uniforms
 from fewstep.diffusion.solvers import Sampler
+from fewstep.evaluation.features import to_uint8
 from fewstep.models.conditioning import Condition
 
 T = TypeVar("T")
@@ -22,10 +24,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Made:
-    """Images `(N, C, H, W)`, the classes `(N,)` asked for, and the time one took."""
+    """Images `(N, C, H, W)`, in about [-1, 1] or uint8, what they were asked for, and the time one took."""
 
     images: Tensor
-    labels: Tensor | None
+    wanted: Wanted
     seconds_per_image: float
 
 
@@ -52,31 +54,30 @@ class Clock:
         self._seconds += time.perf_counter() - self._start
 
 
-def make_images(source: Source, sampler: Sampler, count: int, batch: int, seed: int) -> Made:
-    """`count` images, classes in turn. Image i is a function of the seed and of i, in whatever batch it is made."""
-    labels, clock = wanted_labels(source, count), Clock()
+def make_images(
+    source: Source, sampler: Sampler, count: int, batch: int, seed: int, prompts: Sequence[str] | None = None
+) -> Made:
+    """`count` images, classes or prompts in turn. Image i is a function of the seed and of i, in whatever batch."""
+    asked, clock = wanted(source, count, prompts), Clock()
     with clock.timing(count):
-        parts = [make_shard(source, sampler, rows, labels, batch, seed) for rows in tracked(shards(count), True)]
-    return Made(torch.cat(parts), labels, clock.per_image or 0.0)
+        parts = [make_shard(source, sampler, rows, asked, batch, seed) for rows in tracked(shards(count), True)]
+    return Made(torch.cat(parts), asked, clock.per_image or 0.0)
 
 
-def make_shard(source: Source, sampler: Sampler, rows: range, labels: Tensor | None, batch: int, seed: int) -> Tensor:
-    """The images `(N, C, H, W)` at the positions `rows`, of the classes that `labels` says of all positions."""
-    parts = [_sample(source, sampler, part, _condition(labels, part), seed) for part in _batches(rows, batch)]
+def make_shard(source: Source, sampler: Sampler, rows: range, asked: Wanted, batch: int, seed: int) -> Tensor:
+    """The images `(N, C, H, W)` at the positions `rows`, of what is asked for at all positions.
+
+    Those of latents are uint8 already, for they are many times as large.
+    """
+    parts = []
+    for part in _batches(rows, batch):
+        made = _sample(source, sampler, part, asked.at(part).told(source), seed)
+        parts.append(made if source.encoder is None else to_uint8(made))
     return torch.cat(parts)
-
-
-def wanted_labels(source: Source, count: int) -> Tensor | None:
-    """The class `(N,)` of every position: one after the other, and again; None of a source without classes."""
-    return torch.arange(count) % source.class_count if source.class_count else None
 
 
 def _batches(rows: range, batch: int) -> Iterator[range]:
     return (range(start, min(start + batch, rows.stop)) for start in range(rows.start, rows.stop, batch))
-
-
-def _condition(labels: Tensor | None, rows: range) -> Condition:
-    return Condition.none() if labels is None else Condition.of_labels(labels[rows.start : rows.stop])
 
 
 def tracked(parts: Sequence[T], shown: bool) -> Iterator[T]:
@@ -93,7 +94,7 @@ def _sample(source: Source, sampler: Sampler, rows: range, condition: Condition,
     """As the sampler does, with fresh noise that belongs to the sample instead of to the batch."""
     noise = sample_noise(source.shape, rows, seed, 0)
     if sampler.kind != "renoise":
-        return source.images(sampler, noise, condition.labels, seed)
+        return source.images(sampler, noise, condition, seed)
     process = source.denoiser.process
     x = process.prior(noise, sampler.times[0])
     x0 = source.denoiser(x, process.times(sampler.times[0], x), condition).x0
@@ -101,7 +102,7 @@ def _sample(source: Source, sampler: Sampler, rows: range, condition: Condition,
         t = process.times(time_, x0)
         x = process.add_noise(x0, sample_noise(source.shape, rows, seed, step), t)
         x0 = source.denoiser(x, t, condition).x0
-    return x0
+    return source.shown(x0)
 
 
 def sample_noise(shape: tuple[int, ...], rows: range, seed: int, step: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fewstep.commands.ends import pipeline_of
 from fewstep.commands.watch import undisturbed
-from fewstep.config import RunConfig
 from fewstep.data.cached import CachedLatents
 from fewstep.data.encoding import Encoded
 from fewstep.diffusion.solvers import sample
@@ -20,7 +21,6 @@ from fewstep.evaluation.grid import save_grid
 from fewstep.models.conditioning import Condition
 from fewstep.models.encoder import Encoder, open_encoder
 from fewstep.models.guidance_input import at_scale
-from fewstep.models.load import pipeline_folder, resolve
 from fewstep.training.assemble import EMA
 from fewstep.training.encoding import encoded_set
 from fewstep.training.finished import sampler_of
@@ -55,7 +55,8 @@ class Preview:
         config, data = state.config, encoded_set(state.loader.dataset)
         if config.train.sample_prompts and (data is None or data.null is None):
             raise UserError("train.sample_prompts: given, but the run's student takes no prompts; leave it out")
-        idle = data is None or (isinstance(data, CachedLatents) and not config.train.sample_every)
+        shown = config.train.sample_every or config.evaluate.every
+        idle = data is None or (isinstance(data, CachedLatents) and not shown)
         if config.memory.encoders == "host" and idle:
             raise UserError("memory.encoders: host given, but this run encodes and decodes nothing; leave it out")
         if data is None or not config.train.sample_every:
@@ -116,9 +117,11 @@ def _told(state: TrainState, data: CachedLatents | Encoded, prompts: Sequence[st
     if isinstance(data, Encoded):
         return data.told(prompts)
     config, device = state.config, state.accelerator.device
-    path, side, rest = _pipeline(config, data), data.index.plan.size, config.memory.encoders == "host"
+    path, side, rest = pipeline_of(config, data), data.index.plan.size, config.memory.encoders == "host"
     try:
-        return open_encoder(path, device, side=side, rest=rest).prompts(prompts)
+        told = open_encoder(path, device, side=side, rest=rest).prompts(prompts)
+        gc.collect()  # modules that rest and their hooks refer to each other, and would stay for long
+        return told
     except UserError as error:
         raise UserError(f"train.sample_prompts: {error}") from error
 
@@ -130,7 +133,7 @@ def _vae(state: TrainState, data: CachedLatents | Encoded) -> Encoder | None:
     if not state.accelerator.is_main_process:
         return None
     config = state.config
-    every, path = config.train.sample_every, _pipeline(config, data)
+    every, path = config.train.sample_every, pipeline_of(config, data)
     try:
         encoder = open_encoder(path, state.accelerator.device, rest=config.memory.encoders == "host", parts="vae")
         shape = encoder.latent_shape(data.index.plan.size)
@@ -141,12 +144,6 @@ def _vae(state: TrainState, data: CachedLatents | Encoded) -> Encoder | None:
         raise UserError(f"train.sample_every: {every} given, but the VAE in {path} makes latents of shape {shape}, the "
                         f"cache holds {tuple(data.shape)}; set it to 0")  # fmt: skip
     return encoder
-
-
-def _pipeline(config: RunConfig, cache: CachedLatents) -> str:
-    """Whose VAE and text encoders: the run's, or those that made the cache."""
-    own = config.teacher.path or config.student.path
-    return cache.index.plan.teacher if own is None else str(pipeline_folder(resolve(own)))
 
 
 def _lines(prompt: str) -> str:

@@ -12,7 +12,9 @@ import typer
 from fewstep import registry
 from fewstep.commands.entrant import Entrant, Teacher, entrant
 from fewstep.commands.evaluate import Judge, Request, make_images
-from fewstep.commands.source import Source, open_source
+from fewstep.commands.real import require_shape
+from fewstep.commands.source import Source, open_any
+from fewstep.commands.wanted import listed_prompts, sha256_of
 from fewstep.errors import UserError
 from fewstep.evaluation.board import TEACHER, Board, Protocol, Row, missing_pictures, read_board, write_board
 from fewstep.evaluation.grid import save_grid
@@ -42,9 +44,9 @@ def run(
     """Measure what no earlier report has; write `leaderboard.md`, `index.html`, `report.json` and `grid.png`."""
     if not runs and not earlier:
         raise UserError("report: name at least one run or export, or an earlier report with --json")
-    protocol = Protocol(
-        request.reference, request.features, request.samples, request.seed, ",".join(request.metrics or ())
-    )
+    told = None if request.prompts is None else listed_prompts(request.prompts)
+    protocol = Protocol(request.reference, request.features, request.samples, request.seed,
+                        ",".join(request.metrics or ()), sha256_of(told) or "", request.size)  # fmt: skip
     entrants = [entrant(folder, steps) for folder in runs]
     known = [_Known(path.parent, read_board(path)) for path in earlier]
     board = Board(protocol)
@@ -100,7 +102,7 @@ class _Measuring:
 
     def __call__(self, board: Board, entrants: Sequence[Entrant]) -> Board:
         """The board with a row for each student and teacher at each of their step counts."""
-        places = list(_places(entrants))
+        places = list(_places(entrants, self._request))
         for place in places:
             config = None if place.entrant is None else place.entrant.config.model_dump(mode="json")
             found = self._found(place.row)
@@ -125,9 +127,13 @@ class _Measuring:
         row, request = place.row, self._request
         typer.echo(f"measuring {row.method} {row.run}, {_steps(row.steps)}", err=True)
         source = place.open()
-        made = make_images(source, source.sampler_in(row.steps), request.samples, request.batch_size, request.seed)
         self._judge = self._judge or Judge.of(request, source)
-        scores = self._judge(made)
+        judge = self._judge
+        require_shape(request.reference, judge.shape, source)
+        made = make_images(
+            source, source.sampler_in(row.steps), request.samples, request.batch_size, request.seed, judge.prompts
+        )
+        scores = judge(made)
         save_strip(self._out / row.pictures, made.images[:SHOWN])
         identity = f"{scores.features}, real images sha256:{scores.reference_sha256[:12]}"
         floor = scores.floor["fd"].value if "fd" in scores.floor else None
@@ -137,15 +143,15 @@ class _Measuring:
         return board.merged(new).with_row(measured, config)
 
 
-def _places(entrants: Sequence[Entrant]) -> Iterator[Place]:
+def _places(entrants: Sequence[Entrant], request: Request) -> Iterator[Place]:
     """Every row of the table to be: each teacher at every step count of its students and at its own, then these."""
     for teacher in sorted({each.teacher for each in entrants if each.teacher}, key=lambda one: (one.name, one.scale)):
         counts = {count for each in entrants if each.teacher == teacher for count in each.steps}
-        opened = _once(lambda teacher=teacher: open_source(teacher.path, teacher.scale))
+        opened = _once(lambda one=teacher: open_any(one.path, one.scale, request.size, request.place))
         for count in sorted({*counts, SOLVER_STEPS}):
             yield Place(_teachers_row(teacher, count), None, opened)
     for each in entrants:
-        opened = _once(lambda each=each: open_source(str(each.folder)))
+        opened = _once(lambda each=each: open_any(str(each.folder), None, request.size, request.place))
         for count in each.steps:
             yield Place(_students_row(each, count), each, opened)
 

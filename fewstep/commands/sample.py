@@ -94,7 +94,13 @@ class _Column:
 
 
 def run(request: Request, out: Path) -> None:
-    """Write the picture, and print what a sample of each step count takes."""
+    """Write the picture, and print what a sample of each step count takes.
+
+    Raises:
+        UserError: what is asked for cannot be drawn, or not into a file of that name.
+    """
+    if out.suffix.lower() != ".png":
+        raise UserError(f"--out: {out} given; the name of a picture ends in .png")
     source = open_any(request.source, request.guidance, request.size, request.place)
     subjects = _subjects(source, request)
     columns = _columns(source, request)

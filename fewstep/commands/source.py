@@ -19,9 +19,10 @@ from fewstep.models.denoiser import NetworkDenoiser
 from fewstep.models.encoder import Encoder, open_encoder
 from fewstep.models.guidance import Guided
 from fewstep.models.guidance_input import at_scale
-from fewstep.models.load import load_denoiser, pipeline_folder, resolve
+from fewstep.models.load import load_denoiser, pipeline_folder, read_json, resolve
 from fewstep.pipelines.manifest import Manifest, is_export, read_manifest
 from fewstep.training.finished import SOLVER_STEPS, Finished, load_run
+from fewstep.training.starting import hears_scales
 
 _CHANNELS = (1, 3)
 
@@ -58,7 +59,7 @@ class Source:
     @property
     def takes_prompts(self) -> bool:
         """Whether images are asked for by prompts."""
-        return self.encoder is not None and not self.class_count
+        return self.encoder is not None and self.encoder.capture.subject == "prompt"
 
     def sampler_in(self, steps: int) -> Sampler:
         """Its sampler in that many steps; its own where that is their number.
@@ -109,9 +110,9 @@ class Source:
             return self.classes.index(word)
         if not self.class_count:
             raise UserError(f"classes: {word!r} given, this network takes none")
-        names = f"names ({', '.join(self.classes)})" if self.classes else "numbers"
+        names = f"names ({', '.join(self.classes)}) or " if self.classes else ""
         near = did_you_mean(word, self.classes)
-        raise UserError(f"classes: {word!r} given{near}; {names} or 0 to {self.class_count - 1} are allowed")
+        raise UserError(f"classes: {word!r} given{near}; {names}0 to {self.class_count - 1} are allowed")
 
 
 def open_source(name: str, guidance: float | None = None, place: Place = HOST) -> Source:
@@ -127,10 +128,13 @@ def open_source(name: str, guidance: float | None = None, place: Place = HOST) -
         UserError: it is none of these, samples are no pictures, or the guidance is none that a student takes.
     """
     folder = Path(name)
-    if (folder / "config.json").is_file() and not (folder / "model_index.json").is_file():
+    if _is_run(folder):
         return _placed(of_run(load_run(folder, place.device), guidance), place)
     pipeline = resolve(name, "source")
-    denoiser = load_denoiser(str(pipeline), place.device)
+    return _of_pixels(name, pipeline, load_denoiser(str(pipeline), place.device), guidance, place)
+
+
+def _of_pixels(name: str, pipeline: Path, denoiser: NetworkDenoiser, guidance: float | None, place: Place) -> Source:
     manifest = read_manifest(pipeline) if is_export(pipeline) else None
     if manifest is None:
         sampler = Sampler.of(denoiser.process, SOLVER_STEPS, "ddim")
@@ -153,7 +157,7 @@ def open_any(name: str, guidance: float | None = None, side: int | None = None, 
         UserError: as for `open_source`, or text encoders or VAE are missing, or the side does not fit them.
     """
     folder = Path(name)
-    if (folder / "config.json").is_file() and not (folder / "model_index.json").is_file():
+    if _is_run(folder):
         run = load_run(folder, place.device)
         if _makes_pictures(run.student):
             return _placed(of_run(run, guidance), place)
@@ -166,7 +170,7 @@ def open_any(name: str, guidance: float | None = None, side: int | None = None, 
     pipeline = resolve(name, "source")
     denoiser = load_denoiser(str(pipeline), place.device)
     if _makes_pictures(denoiser):
-        return open_source(name, guidance, place)
+        return _of_pixels(name, pipeline, denoiser, guidance, place)
     if not is_export(pipeline):
         return _Latents(denoiser, Sampler.of(denoiser.process, SOLVER_STEPS, "ddim"), False, pipeline).source(
             guidance, side, place
@@ -177,6 +181,12 @@ def open_any(name: str, guidance: float | None = None, side: int | None = None, 
     parts = pipeline_folder(pipeline)
     bare = _Latents(denoiser, manifest.sampler, _few_step(manifest), parts, manifest.classes)
     return bare.source(stated, side, place)
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether it is a run's folder. A pipeline's network has a `config.json` too, which names its class."""
+    config = folder / "config.json"
+    return config.is_file() and not (folder / "model_index.json").is_file() and "_class_name" not in read_json(config)
 
 
 def _placed(source: Source, place: Place) -> Source:
@@ -195,6 +205,9 @@ class _Latents:
 
     def source(self, guidance: float | None, side: int | None, place: Place) -> Source:
         encoder = open_encoder(str(self.folder), place.device, side=side, rest=place.rest)
+        return self.shown_by(encoder, guidance, side, place)
+
+    def shown_by(self, encoder: Encoder, guidance: float | None, side: int | None, place: Place) -> Source:
         labelled = encoder.capture.subject == "class_labels"
         null = self.denoiser.null
         count = int(null.labels) if labelled and null is not None and null.labels is not None else 0
@@ -222,6 +235,12 @@ def of_run(run: Finished, guidance: float | None = None) -> Source:
     """
     _refuse_second_guidance(run.config.run.dir, _has_guidance(run), guidance)
     return _source(run.student, run.sampler, run.classes, run.few_step, guidance)
+
+
+def of_latent_run(run: Finished, encoder: Encoder, side: int, place: Place) -> Source:
+    """The source that a student of latents is, in training, its samples shown by `encoder` as images of that side."""
+    bare = _Latents(run.student, run.sampler, run.few_step, encoder.folder, run.classes)
+    return bare.shown_by(encoder, None, side, place)
 
 
 def _has_guidance(run: Finished) -> bool:
@@ -252,7 +271,7 @@ def _guided(denoiser: NetworkDenoiser, few_step: bool, guidance: float | None) -
         return at_scale(denoiser, guidance)
     if few_step and guidance not in (None, 1.0):
         raise UserError(f"guidance: {guidance} given; a few-step student has it built in and takes 1 only")
-    return Guided(denoiser, denoiser.null, 1.0 if guidance is None else guidance)
+    return Guided(denoiser, denoiser.null, 1.0 if guidance is None else guidance, hears=hears_scales(denoiser))
 
 
 def _makes_pictures(denoiser: NetworkDenoiser) -> bool:

@@ -11,9 +11,10 @@ import torch
 import torch.distributed as dist
 
 from fewstep.commands.elsewhere import Place
-from fewstep.commands.evaluate import Judge, Request, make_images
+from fewstep.commands.ends import Ends, Pictures, own_pictures
+from fewstep.commands.evaluate import Judge, Request, make_images, prompts_asked
 from fewstep.commands.pictures import health_sheet
-from fewstep.commands.source import Source, of_run
+from fewstep.commands.source import Source, of_latent_run, of_run
 from fewstep.config import RunConfig
 from fewstep.errors import UserError
 from fewstep.evaluation.cache import cache_folder
@@ -21,6 +22,7 @@ from fewstep.evaluation.evaluators import EVALUATORS
 from fewstep.training import best
 from fewstep.training.assemble import EMA
 from fewstep.training.checkpoint import list_checkpoints
+from fewstep.training.encoding import encoded_set
 from fewstep.training.finished import Finished, sampler_of
 from fewstep.training.health import Panel
 from fewstep.training.loop import TrainState
@@ -28,7 +30,14 @@ from fewstep.training.tracking import FILE, read_lines
 
 Made = TypeVar("Made")
 
-_FACTS = ("images", "real_images", "features", "classifier", "reference_sha256")  # that a figure depends on
+_FACTS = (
+    "images",
+    "real_images",
+    "features",
+    "classifier",
+    "reference_sha256",
+    "prompts_sha256",
+)  # that a figure depends on
 
 
 class Watch:
@@ -100,10 +109,14 @@ class Evaluation:
     Attributes:
         request: of the run's config.
         judge: with the features of the real set; in the main process alone.
+        ends: what tells the student its prompts and shows its latents; None: its samples are pictures.
+        prompts: that the student is asked for; None: it takes none.
     """
 
     request: Request
     judge: Judge | None
+    ends: Ends | None
+    prompts: tuple[str, ...] | None
 
     @staticmethod
     def of(state: TrainState) -> Evaluation:
@@ -114,16 +127,19 @@ class Evaluation:
         """
         wanted, data = state.config.evaluate, state.config.data
         shape = state.loader.dataset.shape
-        if len(shape) != 3:
+        if len(shape) != 3 and encoded_set(state.loader.dataset) is None:
             raise UserError(f"evaluate.every: {wanted.every} given, but the samples of data.name={data.name} are no "
                             f"pictures (shape {tuple(shape)}); leave it out")  # fmt: skip
-        real = wanted.reference or (str(data.path) if data.path is not None else data.name)
-        request = Request(str(state.config.run.dir), real, wanted.features, wanted.samples, wanted.steps, None,
-                          wanted.batch_size, wanted.seed, wanted.metrics, cache=cache_folder())  # fmt: skip
+        real = own_pictures(state) if wanted.reference is None else Pictures(wanted.reference)
+        request = Request(str(state.config.run.dir), real.reference, wanted.features, wanted.samples, wanted.steps,
+                          None, wanted.batch_size, wanted.seed, wanted.metrics, cache=cache_folder(),
+                          prompts=wanted.prompts, reference_options=real.options)  # fmt: skip
         with undisturbed(state.config):
-            source = _told("evaluate.every: ", lambda: _source(state))
+            ends = _told("evaluate.every: ", lambda: Ends.of(state))
+            source = _told("evaluate.every: ", lambda: _source(state, ends))
+            prompts = _told("evaluate.", lambda: prompts_asked(request, source))
             if not state.accelerator.is_main_process:
-                return Evaluation(request, None)
+                return Evaluation(request, None, ends, prompts)
             judge = _told("evaluate.", lambda: Judge.of(request, source))
         if wanted.best is not None:
             metric = wanted.figures()[wanted.best]
@@ -131,15 +147,15 @@ class Evaluation:
                 raise UserError(f"evaluate.best: {wanted.best} given; it cannot be measured here")
             if EVALUATORS[metric].better == "as real":
                 raise UserError(f"evaluate.best: {wanted.best} given; neither more nor less of it is better")
-        return Evaluation(request, judge)
+        return Evaluation(request, judge, ends, prompts)
 
     def __call__(self, state: TrainState) -> dict[str, Any]:
         """The figures and what they depend on, by name; none in other processes."""
         request = self.request
         with state.method.averages[EMA].swapped():
-            source = _source(state)
+            source = _source(state, self.ends)
             sampler = source.sampler if request.steps is None else source.sampler_in(request.steps)
-            made = make_images(source, sampler, request.samples, request.batch_size, request.seed)
+            made = make_images(source, sampler, request.samples, request.batch_size, request.seed, self.prompts)
         if self.judge is None:
             return {}
         scores = self.judge(made)
@@ -158,13 +174,20 @@ def _told(place: str, make: Callable[[], Made]) -> Made:
         raise UserError(place + str(error).removeprefix("--")) from error
 
 
-def _source(state: TrainState) -> Source:
+def _source(state: TrainState, ends: Ends | None) -> Source:
     """The student with the weights that it holds now."""
     config, student = state.config, state.method.student
     sampler = sampler_of(config, student.process)
     classes = tuple(state.loader.dataset.classes)
-    source = of_run(Finished(config, student, sampler, state.step, classes, state.method.few_step))
-    return replace(source, denoiser=Place(state.accelerator.device).seen(source.denoiser))
+    run, place = Finished(config, student, sampler, state.step, classes, state.method.few_step), _place(state)
+    if ends is not None:
+        return of_latent_run(run, ends.encoder, ends.side, place)
+    source = of_run(run)
+    return replace(source, denoiser=place.seen(source.denoiser))
+
+
+def _place(state: TrainState) -> Place:
+    return Place(state.accelerator.device)
 
 
 def _due(state: TrainState, every: int) -> bool:

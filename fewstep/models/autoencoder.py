@@ -90,11 +90,20 @@ class Autoencoder:
         return rows, columns
 
     @cached_property
+    def has_posterior(self) -> bool:
+        """Whether an image's latents are drawn from a distribution; of some autoencoders it has one and no other."""
+        with torch.no_grad():
+            return not isinstance(self._said(self._blank), Tensor)
+
+    @property
+    def _blank(self) -> Tensor:
+        return torch.zeros(1, 3, _PROBE, _PROBE, device=self.device)
+
+    @cached_property
     def _probe(self) -> tuple[int, ...]:
         """The shape of an image of 64 pixels' latents, not packed."""
-        images = torch.zeros(1, 3, _PROBE, _PROBE, device=self.device)
         with torch.no_grad():
-            return tuple(self._encoded(images, None).shape[1:])
+            return tuple(self._encoded(self._blank, None).shape[1:])
 
     def _check(self, side: int) -> None:
         unit = _PROBE // self._probe[-1] * (2 if self.family.packed else 1)
@@ -102,12 +111,18 @@ class Autoencoder:
             raise UserError(f"side: {side} pixels given; {type(self.vae).__name__} here takes multiples of {unit}")
 
     def _encoded(self, images: Tensor, generator: Draws) -> Tensor:
-        as_video = type(self.vae).__name__ in _VIDEO and images.ndim == 4
-        given = images.unsqueeze(2) if as_video else images
-        said = self.vae.encode(given.to(self.vae.dtype), return_dict=False)[0]
+        as_video, said = self._as_video(images), self._said(images)
         if not isinstance(said, Tensor):  # a distribution
             said = said.mode() if generator is None else said.sample(generator)
         return (said[:, :, 0] if as_video and self.family.frames is None else said).float()
+
+    def _as_video(self, images: Tensor) -> bool:
+        return type(self.vae).__name__ in _VIDEO and images.ndim == 4
+
+    def _said(self, images: Tensor) -> Any:
+        """Latents of images, or a distribution of them."""
+        given = images.unsqueeze(2) if self._as_video(images) else images
+        return self.vae.encode(given.to(self.vae.dtype), return_dict=False)[0]
 
     def _scaled(self, said: Tensor) -> Tensor:
         if (norm := self._batch_norm(said)) is not None:

@@ -92,6 +92,16 @@ class Encoder:
         with self._visited():
             return self._autoencoder.decode(latents, size)
 
+    @property
+    def has_posterior(self) -> bool:
+        """Whether the VAE says a distribution, from which latents can be drawn.
+
+        Raises:
+            UserError: the folder has no VAE.
+        """
+        with self._visited():
+            return self._autoencoder.has_posterior
+
     def latent_shape(self, side: int | tuple[int, int]) -> tuple[int, ...]:
         """The shape of one sample's latents, of images of `side` × `side` pixels, or of that height and width.
 

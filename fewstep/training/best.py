@@ -11,7 +11,7 @@ from typing import Any
 LINK = "best"
 _STORE = ".best"
 _PARTIAL = ".partial"
-_TERMS = ("features", "classifier", "images", "real_images", "reference_sha256", "seed", "steps")
+_TERMS = ("features", "classifier", "images", "real_images", "reference_sha256", "prompts_sha256", "seed", "steps")
 
 
 def best_step(lines: Sequence[Mapping[str, Any]], metric: str, rising: bool) -> int | None:

@@ -334,8 +334,8 @@ def test_a_sample_is_a_function_of_seed_and_index(lab, kind):
     sampler = Sampler.of(source.denoiser.process, 3, kind)
     whole, parts = make_images(source, sampler, 6, 6, seed=4), make_images(source, sampler, 6, 4, seed=4)
     torch.testing.assert_close(whole.images, parts.images, rtol=0, atol=1e-5)
-    assert whole.labels is not None
-    assert whole.labels.tolist() == [0, 1, 2, 3, 0, 1]
+    assert whole.wanted.labels is not None
+    assert whole.wanted.labels.tolist() == [0, 1, 2, 3, 0, 1]
     assert not torch.allclose(whole.images[0], make_images(source, sampler, 1, 1, seed=5).images[0])
 
 

@@ -150,11 +150,15 @@ def test_classes_of_a_latent_pipeline_are_decoded(lab, grids, tmp_path):
         (["{teacher}", "--beside-teacher"], "--beside-teacher: {teacher} is no student of a teacher"),
         (["{trained}", "--teacher-steps", "2"], "--teacher-steps: acts with --beside-teacher only"),
         (["{painter}", "--classes", "1"], "classes: '1' given, this network takes none"),
+        (["{teacher}", "--classes", "70"], "classes: '70' given; 0 to "),
+        (["{teacher}/unet"], "{teacher}/unet: one component, without a model_index.json; give the pipeline"),
+        (["{teacher}", "--out", "a.jpg"], "--out: a.jpg given; the name of a picture ends in .png"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(lab, painter, arguments, said):
     places = {"trained": lab.trained, "teacher": lab.teacher, "painter": painter}
-    outcome = call("sample", *(word.format(**places) for word in arguments), "--out", str(lab.folder / "out.png"))
+    words = [word.format(**places) for word in arguments]
+    outcome = call("sample", "--out", str(lab.folder / "out.png"), *words)
     assert outcome.code == 2
     (error,) = (line for line in outcome.err.splitlines() if line.startswith("error: "))
     assert said.format(**places) in error

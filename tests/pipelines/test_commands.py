@@ -32,8 +32,9 @@ from fewstep.pipelines.card import CardFacts
 from fewstep.pipelines.export import export_student
 from fewstep.pipelines.manifest import read_manifest
 from fewstep.training import checkpoint
-from fewstep.training.assemble import EMA, assemble, make_accelerator, open_sources
+from fewstep.training.assemble import EMA, assemble, make_accelerator
 from fewstep.training.finished import load_run
+from fewstep.training.opening import open_sources
 from tests import tiny
 
 pytest.importorskip("sklearn", reason="digits come with scikit-learn")
@@ -161,6 +162,14 @@ def refused(*words: object) -> str:
 def test_options_that_cannot_be_met_write_nothing(tmp_path, run, words, line):
     assert line in refused("export", run, tmp_path / "out", *words)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_run_s_own_teacher_is_not_replaced(tmp_path, run, teacher):
+    """Though it is an export: the run could not go on."""
+    before = (teacher / "fewstep.json").read_bytes()
+    line = refused("export", run, tmp_path / "run" / ".." / "teacher", "--no-verify")
+    assert line.endswith("teacher is the run's teacher.path; give a new folder")
+    assert (teacher / "fewstep.json").read_bytes() == before
 
 
 def test_weights_leave_in_shards_and_figures_in_the_card(tmp_path, run):

@@ -33,7 +33,8 @@ from fewstep.pipelines.card import CardFacts
 from fewstep.pipelines.export import export_student
 from fewstep.pipelines.manifest import read_manifest
 from fewstep.pipelines.plan import Form
-from fewstep.training.assemble import Sources, build_method, guided_teacher, open_sources
+from fewstep.training.assemble import build_method, guided_teacher
+from fewstep.training.opening import Sources, open_sources
 from fewstep.training.starting import at_one_scale, open_teacher
 from tests import tiny, tiny_pipelines
 from tests.cli.lab import call, edit_json, write_images
@@ -282,6 +283,8 @@ def test_an_input_of_the_networks_own_class_is_told_the_runs_scale(tmp_path, nam
     for one in (guided, teacher, student):
         assert torch.equal(one(x, t, prompts).value, wanted)
     assert student.guidance_range == (2.5, 2.5)
+    sampled = open_any(str(folder), 2.5, 32).denoiser  # by a command, as `--beside-teacher`
+    assert torch.equal(sampled(x, t, prompts).value, wanted)
     usual = open_teacher(Teacher(path=str(folder)), "cpu")
     assert usual is not None
     assert torch.equal(usual(x, t, prompts).value, plain(x, t, prompts).value) == (name == "flux_guidance")
@@ -365,6 +368,12 @@ def test_damage_is_told_in_one_line(room):
         load_denoiser(str(jumps))
     edit_json(config, fewstep={**good["fewstep"], "injection": {"kind": "guide"}})
     with pytest.raises(UserError, match=r"config.json: what it says of added inputs is damaged; export again"):
+        load_denoiser(str(jumps))
+    edit_json(config, fewstep={**good["fewstep"], "guidance_range": [1.0]})
+    with pytest.raises(UserError, match=r"config.json: what it says of added inputs is damaged; export again"):
+        load_denoiser(str(jumps))
+    edit_json(jumps / "fewstep.json", adapters="../elsewhere.safetensors")
+    with pytest.raises(UserError, match=r"fewstep.json: missing or damaged; export the run again"):
         load_denoiser(str(jumps))
     (jumps / "fewstep.json").write_text("{")
     with pytest.raises(UserError, match=r"fewstep.json: missing or damaged; export the run again"):
