@@ -15,6 +15,9 @@ from fewstep import registry
 REPORT = 60.0
 """Seconds kept for the table."""
 
+SAVE = 10.0
+"""Seconds that the last run has to save where it is, before it would be cut short."""
+
 
 def trained(out: Path, section: Section, tiny: bool) -> None:
     """A teacher from scratch, then every method of the leaderboard that learns without stored pairs, and their table.
@@ -26,7 +29,7 @@ def trained(out: Path, section: Section, tiny: bool) -> None:
     ends = section.ends
     section.ends -= 0 if tiny else REPORT
     for place, name in enumerate(sorted(names, key=lambda name: registry.get(name).needs_teacher)):
-        share = (section.ends - time.monotonic()) / (len(names) - place)
+        share = (section.ends - SAVE - time.monotonic()) / (len(names) - place)
         command = ["train", f"emoji32/{name}", f"run.dir={out / 'runs' / name}", *words]
         section.measure(f"train {name}", partial(_command, command, share))
     section.ends = ends

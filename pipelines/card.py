@@ -49,7 +49,7 @@ def license_of(folder: Path | None) -> str | None:
     readme = None if folder is None else folder / "README.md"
     if readme is None or not readme.is_file():
         return None
-    head = readme.read_text(encoding="utf-8").split("---")
+    head = readme.read_text(encoding="utf-8", errors="replace").split("---")
     lines = head[1].splitlines() if len(head) > 2 and not head[0].strip() else []
     stated = [line.partition(":")[2].strip().strip("\"'") for line in lines if line.startswith("license:")]
     return stated[0] if stated and stated[0] not in ("", "unknown") else None
@@ -124,9 +124,14 @@ def _figures(metrics: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 def _front_matter(facts: CardFacts, recipe: Recipe) -> str:
     lines = ["---", "library_name: diffusers", f"pipeline_tag: {recipe.tag}", f"license: {facts.license or 'unknown'}"]
-    if facts.teacher is not None:
+    if facts.teacher is not None and _is_hub_name(facts.teacher):
         lines.append(f"base_model: {json.dumps(facts.teacher)}")
     return "\n".join([*lines, "tags: [fewstep, few-step]", "---"])
+
+
+def _is_hub_name(name: str) -> bool:
+    """Whether it can be a repository's: the hub refuses a card whose `base_model` is a folder."""
+    return name.count("/") == 1 and not name.startswith((".", "/")) and not Path(name).is_dir()
 
 
 def _summary(facts: CardFacts, manifest: Manifest) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 from fewstep import __version__, registry
 from fewstep.diffusion.solvers import Sampler
+from fewstep.errors import UserError
 from fewstep.models.denoiser import NetworkDenoiser
 from fewstep.models.guidance_input import middle
 from fewstep.models.load import pipeline_folder, resolve
@@ -44,11 +45,13 @@ def export_run(
         The largest difference between its reloaded samples and fewstep's, or None where that was not asked for.
 
     Raises:
-        UserError: there is no checkpoint, the student cannot leave, or `out` holds something else.
+        UserError: there is no checkpoint, the student cannot leave, or `out` holds something else, or what the run
+            started from.
         ReloadFailure: the reloaded export makes other samples.
     """
     finished = load_run(run_dir)
     config = finished.config
+    _refuse_sources(out, {"teacher.path": config.teacher.path, "student.path": config.student.path})
     folder = pipeline_folder(resolve(config.teacher.path)) if config.teacher.path else None
     method = registry.get(config.method.name)
     facts = CardFacts(
@@ -66,6 +69,13 @@ def export_run(
     student = as_stored(finished.student, form)
     export_student(student, finished.sampler, folder, out, facts, form)
     return check(out, student, finished.sampler) if verify else None
+
+
+def _refuse_sources(out: Path, sources: Mapping[str, str | None]) -> None:
+    """An earlier export is replaced, but not one that the run needs when it goes on."""
+    for place, path in sources.items():
+        if path is not None and Path(path).resolve() == out.resolve():
+            raise UserError(f"export: {out} is the run's {place}; give a new folder")
 
 
 def export_student(

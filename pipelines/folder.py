@@ -34,6 +34,8 @@ def whole_folder(out: Path) -> Iterator[Path]:
 
 
 def _refuse_foreign(out: Path) -> None:
+    if not out.name:
+        raise UserError(f"export: {out} has no name to be put in place by; give a folder inside it")
     if out.exists() and not out.is_dir():
         raise UserError(f"export: {out} is a file; give a folder")
     if out.is_dir() and any(out.iterdir()) and not is_export(out):

@@ -13,7 +13,7 @@ from fewstep.models.conditioning import SPAN
 from fewstep.models.denoiser import NetworkDenoiser
 from fewstep.models.families import scheduler_time
 from fewstep.models.graft import Graft, GraftedEmbedding, ScalarEmbedding
-from fewstep.models.guidance_input import middle
+from fewstep.models.guidance_input import GUIDANCE, middle
 from fewstep.models.lora import BASE, Adapters, without_adapters
 from fewstep.models.stored_injection import injection_facts, injection_of
 from fewstep.models.stored_inputs import FACTS, moved_names, renamed
@@ -54,7 +54,7 @@ def exported_network(student: NetworkDenoiser, sampler: Sampler) -> Any:
 def _facts(student: NetworkDenoiser, sampler: Sampler, network: nn.Module) -> dict[str, Any]:
     """What the config says of the added inputs."""
     facts: dict[str, Any] = {}
-    if student.guidance_range is not None:
+    if student.guidance_range is not None and GUIDANCE in student.graft.names:  # a class's own is told it
         scale = middle(student.guidance_range)
         facts |= {"guidance_range": list(student.guidance_range), "guidance_scale": scale}
     injection = injection_of(network)

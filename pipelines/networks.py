@@ -111,7 +111,8 @@ def _add_inputs(network: Any, facts: Mapping[str, Any]) -> None:
 
 
 def _sum(graft: Graft, name: str, embedding: nn.Module, _module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-    return output + embedding(graft.scalars.values[name]).to(output.dtype)
+    # Where the network's weights visit a device, they are not there yet when its inputs are told.
+    return output + embedding(graft.scalars.values[name].to(output.device)).to(output.dtype)
 
 
 def class_of(name: str) -> Any:

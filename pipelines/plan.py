@@ -100,7 +100,7 @@ def dotted(cls: type) -> str:
 
 def _scale(student: NetworkDenoiser) -> dict[str, float]:
     """The guidance scale that the pipeline is told, where its own network takes one and the student was trained so."""
-    if student.guidance_range is None or student.graft.names:
+    if student.guidance_range is None or GUIDANCE in student.graft.names:
         return {}
     return {"guidance_scale": middle(student.guidance_range)}
 

@@ -23,6 +23,13 @@ def _own_randomness() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(autouse=True)
+def _own_device(request: pytest.FixtureRequest) -> None:
+    """accelerate gives the CPU to all tests but those on CUDA, whose networks are there."""
+    if request.node.get_closest_marker("gpu") is not None:
+        request.getfixturevalue("monkeypatch").delenv("ACCELERATE_USE_CPU")
+
+
 @pytest.fixture
 def fresh_accelerate() -> Iterator[None]:
     """Accelerate keeps one state a process, and refuses another precision until it is forgotten."""

@@ -139,8 +139,9 @@ def _lengths(encoder: CaptionEncoder, null: Condition) -> dict[str, int]:
         _require_alike(one, null)
     if len({_tokens(one) for one in (*some, null)}) == 1:
         return {}
-    longest, short = dict(_tokens(encoder.prompts([_LONGEST]))), dict(_tokens(null))
-    grown = {key: length for key, length in longest.items() if length != short[key]}
+    told = [dict(_tokens(one)) for one in (*some, null, encoder.prompts([_LONGEST]))]
+    lengths = {key: {one[key] for one in told} for key in told[0]}
+    grown = {key: max(found) for key, found in lengths.items() if len(found) > 1}
     for key in grown:
         if not any("mask" in other for other in grown):
             raise UserError(f"data.name: the teacher's {key!r} is of another length for some prompts, and no mask "

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -157,7 +156,7 @@ def _facts(values: dict[str, Any]) -> ShardFacts:
 
 
 def _write(path: Path, facts: Sequence[ShardFacts]) -> None:
-    partial = path.with_suffix(f".{os.getpid()}.partial")
+    partial = path.with_suffix(".partial")  # one name, under the lock: the next one takes the place of a killed one's
     partial.write_text(json.dumps([asdict(one) for one in facts]))
     partial.replace(path)
 

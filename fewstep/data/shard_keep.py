@@ -86,7 +86,7 @@ def _read(path: Path) -> Any:
 def _write(path: Path, found: Any) -> None:
     import pyarrow
 
-    partial = path.with_suffix(f".{os.getpid()}.partial")
+    partial = path.with_suffix(".partial")  # one name, under the lock: the next one takes the place of a killed one's
     try:
         with partial.open("wb") as stream:
             with pyarrow.ipc.new_stream(stream, found.schema) as writer:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
-from fewstep.data.shards import KINDS, Shard
+from fewstep.data.shards import KINDS, Shard, reason
 from fewstep.data.table import told_in_one_line
 from fewstep.errors import UserError, did_you_mean
 
@@ -62,12 +63,19 @@ def list_shards(path: Path, config: str | None, split: str, revision: str | None
     """
     _require_library()
     if (path / _SPLITS).is_file():
-        splits = [str(name) for name in json.loads((path / _SPLITS).read_text())["splits"]]
+        splits = [str(name) for name in _stated(path / _SPLITS, "splits")]
         _require_split(path, split, splits)
         return _saved(path, path / split)
     if (path / _STATE).is_file():
         return _saved(path, path)
     return _found(path, config, split, revision)
+
+
+def idle_options(path: Path) -> tuple[str, ...]:
+    """Options that choose nothing in a folder, because `save_to_disk` wrote the one set that is there."""
+    if (path / _STATE).is_file():
+        return ("config", "split")
+    return ("config",) if (path / _SPLITS).is_file() else ()
 
 
 def _require_library() -> None:
@@ -76,8 +84,16 @@ def _require_library() -> None:
 
 
 def _saved(path: Path, folder: Path) -> ShardList:
-    state = json.loads((folder / _STATE).read_text())
-    return ShardList(str(path), "arrow", tuple(str(folder / one["filename"]) for one in state["_data_files"]))
+    files = _stated(folder / _STATE, "_data_files")
+    return ShardList(str(path), "arrow", tuple(str(folder / one["filename"]) for one in files))
+
+
+def _stated(path: Path, key: str) -> Any:
+    """What `save_to_disk` wrote under a key."""
+    try:
+        return json.loads(path.read_text())[key]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(f"data.path: {str(path)!r} cannot be read ({reason(error)}); save the set again") from error
 
 
 def _found(path: Path, config: str | None, split: str, revision: str | None) -> ShardList:

@@ -29,7 +29,7 @@ from fewstep.data.options import (
 from fewstep.data.pictures import Fit
 from fewstep.data.prompts import PromptList
 from fewstep.data.samples import Dataset as Dataset
-from fewstep.data.shard_list import list_shards
+from fewstep.data.shard_list import idle_options, list_shards
 from fewstep.data.stream import Stream
 from fewstep.data.stream_order import StreamOrder
 from fewstep.data.table import Table
@@ -130,6 +130,10 @@ def _huggingface(request: Request) -> Dataset:
             raise UserError(
                 f"data.options.{key}: {request.options[key]} given; it does nothing without a set on the hub"
             )
+    for key in idle_options(path):
+        if key in request.options:
+            raise UserError(f"data.options.{key}: {request.options[key]} given; it does nothing for what save_to_disk "
+                            f"wrote to {str(path)!r}; leave it out")  # fmt: skip
     if options.streaming:
         return _stream(path, options, fit)
     table = Table(path, config=options.config, split=options.split, revision=options.revision,

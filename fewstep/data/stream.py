@@ -91,7 +91,7 @@ class Stream:
         whole = zip(_kept(shards, keep), facts, strict=True)
         self._blocks = tuple(block for shard, one in whole for block in _blocks(shard, one))
         self._firsts = np.array([0, *accumulate(self.sizes)])
-        self._room = buffer + 2 * max(block.rows for block in self._blocks)
+        self._room = buffer + 2 * max(self.sizes)
         self._held: dict[int, Any] = {}
         self.digest = hashlib.sha256("".join(one.digest for one in facts).encode()).hexdigest()
 
@@ -146,20 +146,21 @@ class Stream:
         if index in self._held:
             self._held[index] = self._held.pop(index)  # the latest used is the last
         else:
-            self._make_room(block.rows)
+            self._make_room(block.size)
             self._held[index] = self._read(number, block)
-        return self._held[index].column(key)[block.row(place)].as_py()
+        return self._held[index].column(key)[place].as_py()
 
-    def _make_room(self, rows: int) -> None:
-        while self._held and rows + sum(self._blocks[index].rows for index in self._held) > self._room:
+    def _make_room(self, pictures: int) -> None:
+        while self._held and pictures + sum(self._blocks[index].size for index in self._held) > self._room:
             del self._held[next(iter(self._held))]
 
     def _read(self, number: int, block: _Block) -> Any:
+        """The captioned rows of a block."""
         try:
             found = block.shard.read(block.number, [self._keys.image, self._keys.caption])
             if found.num_rows != block.rows:
                 raise ValueError(f"{found.num_rows} rows in place of {block.rows}")
-            return found
+            return found if block.kept is None else found.filter(np.isin(np.arange(block.rows), block.kept))
         except Exception as error:  # file systems of the network have errors of their own
             why = reason(error)
             raise DataFault(f"data.path: {self.name(number)!r} cannot be read any more ({why}); put it back") from error

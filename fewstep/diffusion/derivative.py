@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -83,9 +83,20 @@ def _load_rules() -> None:
         forward_ad.make_dual(torch.zeros(()), torch.zeros(()))
 
 
-def _full_precision(like: Tensor) -> torch.autocast:
-    """Mixed precision is off inside; the meta device has none to turn off."""
-    return torch.autocast("cpu" if like.is_meta else like.device.type, enabled=False)
+@contextmanager
+def _full_precision(like: Tensor) -> Iterator[None]:
+    """Mixed precision is off inside; the meta device has none to turn off.
+
+    So is TF32, to whose 10 bits cuDNN rounds what convolutions are given unless it is told not to: a central difference
+    at a step of 1/100 would lose most of its digits to that.
+    """
+    convolutions = torch.backends.cudnn.conv  # pyright: ignore[reportAttributeAccessIssue]
+    before, convolutions.fp32_precision = convolutions.fp32_precision, "ieee"
+    try:
+        with torch.autocast("cpu" if like.is_meta else like.device.type, enabled=False):
+            yield
+    finally:
+        convolutions.fp32_precision = before
 
 
 def _not_compiled() -> AbstractContextManager[object]:

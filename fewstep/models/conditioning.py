@@ -21,7 +21,7 @@ STEP = "step"
 NATIVE_SCALE = "timestep_cond"
 """The embedded guidance scale of a UNet2DConditionModel."""
 NATIVE_GUIDANCE = "guidance"
-"""The guidance scale `(B,)` of networks that take one as a number: Flux, Flux2, Qwen-Image, Sana-Sprint."""
+"""The guidance scale `(B,)` of networks that take one as a number: Flux, Flux2, Sana-Sprint."""
 LENGTHS = "lengths."
 """How the keys of lengths begin, `(B,)` int64: the network takes that value as a list, row i cut to its length."""
 

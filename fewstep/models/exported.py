@@ -56,6 +56,8 @@ def read_exported(folder: Path) -> Exported:
         known = {name: told[name] for name in Exported.__dataclass_fields__ if name in told}
         if (ends := known.get("guidance_range")) is not None:
             known["guidance_range"] = (float(ends[0]), float(ends[1]))
+        if (adapters := known.get("adapters")) is not None and adapters != Path(adapters).name:
+            raise ValueError(f"{adapters} is outside the folder")
         return Exported(**known)
     except (OSError, ValueError, TypeError, IndexError, KeyError) as error:
         raise UserError(f"{path}: missing or damaged; export the run again") from error

@@ -101,6 +101,7 @@ class Family:
         tap_element: which element of a block's output is the image, where it returns several.
         one_stream: the blocks' tokens are text and image together.
         guidance: the class's own input for a guidance scale.
+        unserved: a key of the network's config that the class takes and cannot serve: it has no layers for it.
         text_mask: what tells how long a prompt is, where its pipeline does not always tell it.
         first_layer: the module whose output has the precision that the network gives its time, by mistake.
         unguided: the `guidance_scale` at which the pipeline does not guide.
@@ -124,6 +125,7 @@ class Family:
     tap_element: int = -1
     one_stream: bool = False
     guidance: GuidanceInput | None = None
+    unserved: str | None = None
     text_mask: TextMask | None = None
     first_layer: str | None = None
     unguided: float = 1.0
@@ -148,6 +150,19 @@ class Family:
         if self.packed:
             return shape[0]
         return (shape[-2] // 2) * (shape[-1] // 2)
+
+    def check(self, network: nn.Module) -> None:
+        """Whether the network's class can do what its config says.
+
+        Raises:
+            UserError: it cannot, and would fail at its first call.
+        """
+        config: Mapping[str, Any] = getattr(network, "config", {})
+        if self.unserved is not None and config.get(self.unserved):
+            raise UserError(
+                f"{type(network).__name__}: its config says {self.unserved}: true, for which diffusers' class has no "
+                "layers; networks with false are known"
+            )
 
     def own_guidance(self, config: Mapping[str, Any]) -> GuidanceInput | None:
         """The input for a guidance scale of a network with that config, or None where it was made without."""
@@ -245,7 +260,7 @@ FAMILIES: dict[str, Family] = {
         heard=_thousandth,
         packed=True,
         first_layer="img_in",
-        guidance=_GUIDANCE,
+        unserved="guidance_embeds",
         text_mask=TextMask("encoder_hidden_states", "encoder_hidden_states_mask"),
     ),
     "CogVideoXTransformer3DModel": _transformer(time_embedding="time_embedding", frames=1, tap_element=0),

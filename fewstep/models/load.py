@@ -34,7 +34,7 @@ PARTS = (
     *(f"*/*.{kind}" for kind in ("json", "safetensors", "txt", "model", "jinja")),
 )
 """What is fetched from the hub: the components' files and an export's own, not the single-file checkpoints beside."""
-VARIANTS = ("*.fp16.*", "*.bf16.*", "*.non_ema.*")
+VARIANTS = ("*.fp16[.-]*", "*.bf16[.-]*", "*.non_ema[.-]*")
 EMBEDDED = Path(__file__).parent.parent / "data" / "assets" / "teachers"
 
 
@@ -88,8 +88,8 @@ def _from_hub(name: str, place: str, weights: bool) -> Path:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, as one line."""
-    return str(error).strip().splitlines()[0]
+    """What an error says, as one line; some say nothing but their kind."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def load_denoiser(path: str, device: torch.device | str = "cpu", place: str = "teacher.path") -> NetworkDenoiser:
@@ -138,15 +138,25 @@ def schedule_of_network(network: nn.Module, scheduler: Mapping[str, Any]) -> Sch
     """The schedule of a scheduler's config, with the dynamic shift of the network's family.
 
     Raises:
-        UserError: as `schedule_of`.
+        UserError: as `schedule_of`, or the config has words where numbers are needed.
     """
     empirical = family_of(type(network).__name__).empirical_shift
-    return schedule_of(scheduler, EmpiricalMu() if empirical else None)
+    try:
+        return schedule_of(scheduler, EmpiricalMu() if empirical else None)
+    except UserError:
+        raise
+    except (AttributeError, TypeError, ValueError) as error:
+        raise UserError(f"scheduler: its config is damaged: {first_line(error)}") from error
 
 
 def make_denoiser(network: nn.Module, schedule: Schedule) -> NetworkDenoiser:
-    """A frozen denoiser around a network of a known class."""
+    """A frozen denoiser around a network of a known class.
+
+    Raises:
+        UserError: the class is not known, or cannot do what the network's config says.
+    """
     family = family_of(type(network).__name__)
+    family.check(network)
     null = _null_condition(network, family)
     return NetworkDenoiser(freeze(network), family, schedule.process, schedule.kind, null, Adapters(network),
                            preconditioning=schedule.preconditioning)  # fmt: skip
@@ -158,17 +168,20 @@ def _null_condition(network: nn.Module, family: Family) -> Condition | None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A file of a pipeline folder.
+    """A file of a pipeline folder, with values by name.
 
     Raises:
-        UserError: it is missing, or not JSON.
+        UserError: it is missing, or not JSON, or holds something else.
     """
     try:
-        return json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise UserError(f"{path.parent}: no {path.name}; a diffusers pipeline folder is needed") from error
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # bytes that are no text, too
         raise UserError(f"{path}: not JSON ({error})") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: {type(values).__name__} found; values by name are needed")
+    return values
 
 
 def network_component(folder: Path) -> str:
@@ -180,15 +193,20 @@ def network_component(folder: Path) -> str:
     if not (folder / "model_index.json").is_file() and (folder / "config.json").is_file():
         raise UserError(f"{folder}: one component, without a model_index.json; give the pipeline folder above it")
     index = read_json(folder / "model_index.json")
-    found = [key for key, value in index.items() if isinstance(value, list) and _is_known(value[-1])]
+    found = [key for key, value in index.items() if _is_known(_class_in(value))]
     if len(found) > 1:
         raise UserError(f"{folder}: {' and '.join(found)} are networks both; pipelines of one network are known")
     if not found:
-        parts = ", ".join(f"{k}: {v[-1]}" for k, v in index.items() if isinstance(v, list))
+        parts = ", ".join(f"{k}: {_class_in(v)}" for k, v in index.items() if isinstance(v, list))
         raise UserError(
             f"{folder}: one network of {', '.join(FAMILIES)} is needed; its components are {parts or 'none'}"
         )
     return found[0]
+
+
+def _class_in(entry: object) -> object:
+    """The class that an entry of an index names; None where it names none."""
+    return entry[-1] if isinstance(entry, list) and entry else None
 
 
 def _is_known(class_name: object) -> bool:
@@ -221,7 +239,7 @@ def _load_network(folder: Path, component: str, device: torch.device) -> Stored:
             return Stored(cls.from_config(config), Graft(), None)
     try:
         network: nn.Module = cls.from_pretrained(folder / component, torch_dtype=torch.float32, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{folder / component}: the weights cannot be read: {first_line(error)}") from error
     missing = [key for key, value in network.state_dict().items() if value.is_meta]
     if missing:  # diffusers only warns

@@ -140,7 +140,8 @@ def alphas_cumprod(config: Mapping[str, Any]) -> torch.Tensor:
     try:
         return cls(**words).alphas_cumprod
     except (NotImplementedError, TypeError, ValueError) as error:
-        raise UserError(f"scheduler: no noise table can be made of it: {error}") from error
+        told = str(error).strip().splitlines()[0]
+        raise UserError(f"scheduler: no noise table can be made of it: {told}") from error
 
 
 def schedule_words(process: Process, preconditioning: Preconditioning | None = None) -> dict[str, Any]:

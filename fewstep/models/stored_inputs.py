@@ -85,13 +85,13 @@ def load_stored(folder: Path, config: Mapping[str, Any], device: torch.device) -
         with _hollow():
             network = getattr(diffusers, plain["_class_name"]).from_config(plain)
             moved = moved_names(network, family, facts)
-            graft = _added(network, family, facts)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+            graft, ends = _added(network, family, facts), facts.get("guidance_range")
+            ranged = None if ends is None else (float(ends[0]), float(ends[1]))
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{folder / 'config.json'}: what it says of added inputs is damaged; export again") from error
     if device.type != "meta":
         _fill(network, folder, moved)
-    low_high = facts.get("guidance_range")
-    return Stored(network.eval(), graft, None if low_high is None else (low_high[0], low_high[1]))
+    return Stored(network.eval(), graft, ranged)
 
 
 def _hollow() -> Any:

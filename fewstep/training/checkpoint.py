@@ -60,7 +60,9 @@ def save(folder: Path, state: TrainState) -> Path:
         raise RunError(f"{folder}: {text}") from attempt.problem
     if rank == 0:
         point_at(final)
-        for old in superfluous(list_checkpoints(folder), state.config.train.keep_last, state.config.train.keep_every):
+        # A later one is damaged, or the run would have gone on from it: it must not pass for one of the last.
+        found = [one for one in list_checkpoints(folder) if one <= final]
+        for old in superfluous(found, state.config.train.keep_last, state.config.train.keep_every):
             drop(old)
     return final
 
@@ -147,8 +149,9 @@ def _optimizer_tensors(optimizer: PlayerOptimizer) -> dict[str, Tensor]:
     out: dict[str, Tensor] = {}
     for name, parameter in optimizer.player.parameters.items():
         for key, value in optimizer.adamw.state.get(optimizer.leaves[name], {}).items():
-            whole_already = value.shape != optimizer.leaves[name].shape  # a step
-            out[f"{key}/{name}"] = value if whole_already else joined(value, parameter)
+            kept = torch.as_tensor(value)  # bitsandbytes counts steps in a plain number
+            whole_already = kept.shape != optimizer.leaves[name].shape  # a step
+            out[f"{key}/{name}"] = kept if whole_already else joined(kept, parameter)
     return out
 
 

@@ -28,7 +28,7 @@ def encoded_by_the_run(config: RunConfig, dataset: Dataset, device: torch.device
         device: of the run; on the meta device, which has no values, the host encodes.
 
     Raises:
-        UserError: text encoders or VAE are missing, or do not go with the set.
+        UserError: text encoders or VAE are missing, or do not go with the set, or nothing can be drawn.
     """
     path, nowhere = config.teacher.path or config.student.path, torch.device(device).type == "meta"
     place = "teacher.path" if config.teacher.path else "student.path"
@@ -46,6 +46,9 @@ def encoded_by_the_run(config: RunConfig, dataset: Dataset, device: torch.device
     except UserError as error:
         raise UserError(str(error).replace("side:", "data.size:", 1)) from error
     _refuse_idle_draws(config, made)
+    if draws is not None and not encoder.has_posterior:
+        raise UserError(f"data.latents: drawn given, but the VAE in {path} has one latent for an image, and no "
+                        "posterior to draw from; leave it out")  # fmt: skip
     return made
 
 

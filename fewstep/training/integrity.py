@@ -49,13 +49,16 @@ def read_facts(checkpoint: Path) -> dict[str, Any]:
 
 
 def check(checkpoint: Path, facts: Mapping[str, Any], file: str) -> None:
-    """Refuse a file that is not what was written.
+    """Refuse a file that is not what was written, or that the disk does not give back.
 
     Raises:
         Damaged: so it is.
     """
-    path = checkpoint / file
-    if not path.is_file() or sha256(path) != facts["sha256"][file]:
+    try:
+        whole = sha256(checkpoint / file) == facts["sha256"][file]
+    except OSError as error:  # a process that ended here would leave the others waiting for what it has found
+        raise damaged(checkpoint, file) from error
+    if not whole:
         raise damaged(checkpoint, file)
 
 

@@ -179,12 +179,14 @@ def lr_factor(config: Optim, step: int, steps: int) -> float:
 
 def gradient_norm(complete: Sequence[nn.Parameter], parts: Sequence[nn.Parameter]) -> Tensor:
     """The norm `()` over all gradients: of parameters that every process has, and of this process's parts of others."""
-    norm = _norm([p.grad for p in complete if p.grad is not None])
+    gradients = [p.grad for p in complete if p.grad is not None]
     if not parts:
-        return norm
+        return _norm(gradients)
     squared = _norm([p.grad for p in parts if p.grad is not None]).square()
     dist.all_reduce(squared)
-    return (squared + norm.to(squared).square()).sqrt()
+    if not gradients:  # a zero made on the host would be sent, and waited for
+        return squared.sqrt()
+    return (squared + _norm(gradients).to(squared).square()).sqrt()
 
 
 def _norm(gradients: Sequence[Tensor]) -> Tensor:

@@ -70,6 +70,7 @@ def restore(checkpoint: Path, state: TrainState, forced: Callable[[str], None] |
     facts = verified(checkpoint, state.accelerator.device)
     _refuse_other_device(checkpoint, facts.get("device"), state.accelerator.device.type)
     _compare(checkpoint, differences(facts["config"], state), forced)
+    _refuse_other_moments(checkpoint, facts["config"]["optim"].get("kind", "adamw"), state.config.optim.kind)
     players, averages = state.method.players, state.method.averages
     targets = {f"player-{name}": dict(player.parameters) for name, player in players.items()}
     targets |= {f"average-{name}": dict(average.shadow) for name, average in averages.items()}
@@ -121,8 +122,9 @@ def _restore_optimizer(optimizer: PlayerOptimizer, stored: Stored) -> None:
     for key, shape in stored.shapes.items():
         kind, name = key.split("/", 1)
         leaf, parameter = optimizer.leaves[name], optimizer.player.parameters[name]
-        if shape != tuple(parameter.shape):
+        if kind == "step" or shape != tuple(parameter.shape):
             value = stored.read(key).to(leaf.device)  # a step, where the fused kernel counts
+            value = value if value.is_floating_point() else int(value)  # as bitsandbytes counts
         else:
             part = stored.read(key, box(parameter))
             dtype = leaf.dtype if part.is_floating_point() else part.dtype  # a forced change of precision
@@ -147,6 +149,13 @@ def _refuse_other_tensors(
         there, here = shapes.get(other[0], "missing"), ours.get(other[0], "missing")
         place = checkpoint / (files[0] if len(files) == 1 else name)
         raise UserError(f"{place}: {other[0]} is {there}, in this run {here}; such a change needs another run.dir")
+
+
+def _refuse_other_moments(checkpoint: Path, was: str, now: str) -> None:
+    """An optimizer cannot go on from moments of another form."""
+    if (was == "adamw") != (now == "adamw"):
+        raise UserError(f"{checkpoint}: optim.kind was {was}, is {now}, which keeps its moments in another form; such "
+                        "a change needs another run.dir")  # fmt: skip
 
 
 def _refuse_other_device(checkpoint: Path, was: str | None, now: str) -> None:

@@ -15,8 +15,9 @@ PARTIAL = ".partial-"
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """The complete checkpoints of a folder, oldest first."""
-    return sorted(p for p in folder.glob(f"{PREFIX}*") if (p / STATE).is_file())
+    """The complete checkpoints of a folder, oldest first; what has another name, such as a copy, is none of the run."""
+    named = (p for p in folder.glob(f"{PREFIX}*") if p.name.removeprefix(PREFIX).isdecimal())
+    return sorted(p for p in named if (p / STATE).is_file())
 
 
 def step_of(checkpoint: Path) -> int:

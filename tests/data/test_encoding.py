@@ -129,6 +129,25 @@ class Changed(FakeEncoder):
         return replace(told, shared={**told.shared, **self.changes})
 
 
+class LongNull(FakeEncoder):
+    """Its null condition is as long as the longest prompt, as that of pipelines which pad nothing else."""
+
+    def null(self):
+        told = self._told(["w" * 40])
+        mask = torch.arange(40)[None] < 1
+        batched = {**told.batched, "encoder_attention_mask": mask.long()}
+        return Condition(batched, told.shared)
+
+
+def test_prompts_are_as_long_as_a_longer_null_condition(plain):
+    online = Encoded.of(plain, LongNull(), True, None, 2)
+    assert online.null is not None
+    told = online.told(CAPTIONS)
+    assert {key: value.shape[1:] for key, value in told.batched.items()} == {
+        key: value.shape[1:] for key, value in online.null.batched.items()
+    }
+
+
 class Unmasked(FakeEncoder):
     def _told(self, captions):
         told = super()._told(captions)

@@ -47,7 +47,14 @@ def test_files_names_and_what_is_stored_twice_do_not_count(tmp_path, tensors):
     ids = {"position_ids": torch.arange(77)}
     assert saved(tmp_path / "ids", tensors | ids) == first
     saved(tmp_path / "first", {"one": tensors["one"].half()}, suffix=".fp16")
+    saved(tmp_path / "first", {"one": tensors["one"].half()}, suffix=".fp16-00001-of-00001")
     assert dict(weights_digests(tmp_path / "first", PARTS)) == first
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.uint16, torch.uint32, torch.uint64])
+def test_every_kind_of_number_that_checkpoints_are_stored_in(tmp_path, tensors, dtype):
+    first = saved(tmp_path / "first", tensors | {"three": torch.arange(8).to(dtype)})
+    assert (saved(tmp_path / "less", tensors) != first) == dtype.is_floating_point
 
 
 def test_other_components_do_not_count_and_those_without_weights_have_none(tmp_path, tensors):

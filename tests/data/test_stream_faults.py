@@ -78,6 +78,25 @@ def test_a_cut_arrow_file_gets_one_clear_line(tmp_path):
         data.batch([20])
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "options", "line"),
+    [
+        ("state.json", "{", {}, r"state\.json' cannot be read \(.*\); save the set again"),
+        ("state.json", "{}", {}, r"state\.json' cannot be read \('_data_files'\); save the set again"),
+        ("dataset_dict.json", "[]", {}, r"dataset_dict\.json' cannot be read \(list .*\); save the set again"),
+        ("dataset_dict.json", '{"splits": ["train"]}', {}, r"train/state\.json' cannot be read \(No such file or dir"),
+        ("state.json", "{}", {"split": "test"}, r"data\.options\.split: test given; it does nothing for what save_to_"),
+        ("state.json", "{}", {"config": "a"}, r"data\.options\.config: a given; it does nothing for what save_to_disk"),
+        ("dataset_dict.json", "{}", {"config": "a", "streaming": False}, r"config: a given; .*; leave it out"),
+    ],
+)
+def test_what_save_to_disk_says_of_itself_is_read_with_care(tmp_path, file, content, options, line):
+    (tmp_path / file).write_text(content)
+    with pytest.raises(UserError, match=line) as caught:
+        opened(tmp_path, **options)
+    assert "\n" not in str(caught.value)
+
+
 def gone(path: Path) -> None:
     path.unlink()
 

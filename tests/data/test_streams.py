@@ -157,6 +157,27 @@ def test_pictures_without_captions_are_left_out_and_counted(tmp_path, monkeypatc
         opened(path, strict=True)
 
 
+def test_a_window_of_rows_that_mostly_lack_a_caption_is_held_whole(tmp_path, monkeypatch):
+    """What is held is counted by its captioned pictures, and the others are let go."""
+    path = in_parquet(tmp_path / "set", [f"caption {i}" if i % 3 == 1 else "" for i in range(23)])
+    data, reads, read = opened(path, buffer=8), Counter(), ParquetShard.read
+    assert isinstance(data.gallery, Stream)
+    expected = data.batch(range(8))
+    assert expected.captions == tuple(f"caption {i}" for i in range(1, 23, 3))
+
+    def counted(shard: ParquetShard, block: int, columns: Sequence[str]) -> object:
+        reads[shard.path, block] += 1
+        return read(shard, block, columns)
+
+    monkeypatch.setattr(ParquetShard, "read", counted)
+    fresh = opened(path, buffer=8)
+    assert isinstance(fresh.gallery, Stream)
+    shuffled = [5, 0, 7, 2, 4, 1, 6, 3] * 2
+    assert torch.equal(fresh.batch(shuffled).images, expected.images[shuffled])
+    assert set(reads.values()) == {1}
+    assert sum(block.num_rows for block in fresh.gallery._held.values()) == 8
+
+
 def test_tar_files_are_read_in_the_same_order(tmp_path):
     from tests.data.test_captions import in_tars
 

@@ -99,6 +99,27 @@ def test_a_block_from_afar_is_fetched_once_for_all_processes(tmp_path, monkeypat
         assert [(other.captions[i], other.picture(i).tobytes()) for i in range(23)] == first
 
 
+def test_what_a_killed_process_was_writing_does_not_pile_up(tmp_path, monkeypatch):
+    """Loader workers are killed at the end of every run, in whatever they do."""
+    root = in_parquet(tmp_path / "set")
+    monkeypatch.setattr(Afar, "files", {})
+    monkeypatch.setattr(CACHE, tmp_path / "kept")
+    stream = Stream(from_afar("afar", root, Afar.files), keep=10**6)
+    blocks = tmp_path / "kept" / "fewstep" / "blocks"
+    for pid in (1, 2):
+        with monkeypatch.context() as patch:
+            patch.setattr("fewstep.data.shard_keep.os.fsync", full_disk)
+            patch.setattr(Path, "unlink", lambda *args, **words: None)
+            patch.setattr(os, "getpid", lambda pid=pid: pid)
+            stream._held.clear()
+            stream.picture(0)
+    assert len(list(blocks.glob("*.partial"))) == 1
+    stream._held.clear()
+    stream.picture(0)
+    assert len(list(blocks.glob("*.arrow"))) == 1
+    assert not list(blocks.glob("*.partial"))
+
+
 def test_files_in_the_memory_of_fsspec_are_the_same_stream(tmp_path, monkeypatch):
     monkeypatch.setattr(CACHE, tmp_path / "kept")
     root = in_parquet(tmp_path / "set", [*CAPTIONS[:4], None, " ", *CAPTIONS[6:]])

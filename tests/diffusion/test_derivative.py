@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -65,6 +66,25 @@ def test_both_kinds_agree_in_space(name):
     torch.testing.assert_close(exact.value, function(x), rtol=1e-10, atol=1e-12)  # another attention kernel
     assert torch.equal(difference.value, function(x))
     assert float((exact.slope - difference.slope).norm() / exact.slope.norm()) < 1e-6
+
+
+def test_convolutions_are_not_rounded_to_tf32_meanwhile():
+    """cuDNN's setting is every device's to read; it is put back, after an error too."""
+    convolutions: Any = torch.backends.cudnn.conv  # pyright: ignore[reportAttributeAccessIssue]
+    before, seen = convolutions.fp32_precision, []
+
+    def function(x: Tensor) -> Tensor:
+        seen.append(convolutions.fp32_precision)
+        return x * x
+
+    one = torch.ones(2)
+    for how in ("jvp", "central_difference"):
+        along(function, (one,), (one,), how)
+    forward_derivative(function, (one,), (one,))
+    with pytest.raises(ZeroDivisionError):
+        along(lambda x: x / (1 // 0), (one,), (one,))
+    assert seen == ["ieee"] * 5
+    assert convolutions.fp32_precision == before == "tf32"
 
 
 @pytest.mark.parametrize("name", ["VectorNetwork", "UNet2DModel", "SD3Transformer2DModel"])

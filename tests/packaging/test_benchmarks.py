@@ -96,6 +96,17 @@ def test_what_fails_or_hangs_costs_no_other_figure(tmp_path, monkeypatch, capsys
     assert second == {"figures": {"x": 0}, "not_reached": []}
 
 
+def test_a_run_is_told_to_end_before_it_is_cut_short(tmp_path, monkeypatch):
+    """The last one too, whose share ends with the section: it has time to save."""
+    from benchmarks import gpu_clock, gpu_train
+
+    limits: list[float] = []
+    monkeypatch.setattr(gpu_train, "_command", lambda words, seconds: limits.append(seconds))
+    ends = time.monotonic() + 100
+    gpu_train.trained(tmp_path, gpu_clock.Section(ends, ends), tiny=True)
+    assert limits == [pytest.approx(100 - gpu_train.SAVE, abs=1)]
+
+
 def test_time_that_is_over_is_said(tmp_path, monkeypatch):
     from benchmarks import gpu
 

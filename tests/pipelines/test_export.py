@@ -214,3 +214,22 @@ def test_an_unstated_licence_is_not_stated(pixels, tmp_path):
     assert "- Licence of the teacher: not stated" in (tmp_path / "out" / "README.md").read_text().splitlines()
     assert license_of(tmp_path / "out") is None
     assert license_of(None) is None
+    (tmp_path / "README.md").write_bytes("---\nauthor: Müller\nlicense: mit\n---\n".encode("latin-1"))
+    assert license_of(tmp_path) == "mit"
+
+
+def test_a_teacher_s_folder_is_no_base_model_on_the_hub(pixels, tmp_path):
+    """The hub refuses a card whose `base_model` is no name there."""
+    for number, (teacher, stated) in enumerate({str(tmp_path): False, "emoji32": False, "some/teacher": True}.items()):
+        out = tmp_path / str(number)
+        facts = replace(FACTS, teacher=teacher)
+        export_student(pixels.denoiser, Sampler.of(pixels.denoiser.process, 4), None, out, facts)
+        text = (out / "README.md").read_text()
+        assert f"distilled from `{teacher}`" in text
+        assert ("base_model: " in text) is stated
+
+
+def test_a_folder_without_a_name_is_refused(pixels, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^export: \. has no name to be put in place by; give a folder inside it$"):
+        exported(pixels, Path())

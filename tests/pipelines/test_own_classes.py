@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload_with_hook
 from diffusers import DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
+from fewstep.config import Teacher
 from fewstep.data.batch import Batch
 from fewstep.diffusion.prediction import Kind
 from fewstep.diffusion.process import Flow
@@ -25,7 +27,8 @@ from fewstep.models.two_time import two_time
 from fewstep.pipelines.check import allowed
 from fewstep.pipelines.flow_scheduler import FlowGridScheduler
 from fewstep.pipelines.manifest import read_manifest
-from fewstep.pipelines.merge import plain_network
+from fewstep.pipelines.merge import exported_network, plain_network
+from fewstep.training.starting import at_one_scale, open_teacher
 from tests import tiny, tiny_pipelines
 from tests.pipelines import matrix
 from tests.pipelines.conftest import Student, difference
@@ -78,6 +81,21 @@ def test_a_two_time_student_makes_the_same_samples(pixels, teachers, tmp_path, n
     assert own == ((network, "fewstep.pipelines.flow_scheduler.FlowGridScheduler") if name == "flow" else (network,))
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # numpy, of diffusers
+def test_a_two_time_student_of_a_teacher_that_is_told_its_guidance(tmp_path):
+    """The class's own input keeps its scale beside the span, and the pipeline is told it."""
+    teacher = matrix.Teacher.saved("flux_guidance", tmp_path)
+    config = Teacher(path=str(teacher.folder), guidance=2.0)
+    opened = open_teacher(config, "cpu")
+    assert opened is not None
+    student = trained(two_time(at_one_scale(opened.sized(teacher.latents.shape), config)), ".second.")
+    sampler = Sampler.of(student.process, 2, "flow_map")
+    assert difference(Student(student, teacher.folder), sampler, tmp_path / "out") <= 1e-5
+    assert read_manifest(tmp_path / "out").call["guidance_scale"] == 2.0
+    again = load_denoiser(str(tmp_path / "out"))
+    assert (again.graft.names, again.guidance_range) == (("span",), (2.0, 2.0))
+
+
 def test_without_its_span_the_same_student_makes_others(pixels, tmp_path):
     """The check would see a network that does not hear where its jumps end."""
     student = spanned(pixels)
@@ -89,6 +107,15 @@ def test_without_its_span_the_same_student_makes_others(pixels, tmp_path):
     pipeline.unet.facts = {**pipeline.unet.facts, "spans": [0.0, 0.0]}
     words: dict[str, Any] = {"class_labels": [0, 1], "batch_size": 2, "num_inference_steps": 2, "output_type": "pt"}
     assert float((pipeline(generator=torch.Generator().manual_seed(0), **words).images - made).abs().max()) > 1e-3
+
+
+def test_its_weights_may_visit_a_device_for_each_call(pixels):
+    """As `enable_model_cpu_offload` has it: they move when the network's own pass begins, after its inputs are told."""
+    student = spanned(pixels).denoiser
+    network = exported_network(student, Sampler.of(student.process, 2, "flow_map"))
+    cpu_offload_with_hook(network, torch.device("meta"))
+    x, labels = torch.zeros(2, 3, 8, 8, device="meta"), torch.zeros(2, dtype=torch.long, device="meta")
+    assert network(x, 999, class_labels=labels).sample.shape == x.shape
 
 
 def test_other_steps_than_the_exported_are_refused(pixels, tmp_path):

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from fewstep.config import Optim
 from fewstep.errors import UserError
 from fewstep.models.players import Player
-from fewstep.training.optim import average_gradients, lr_factor, make_optimizers
+from fewstep.training.optim import average_gradients, gradient_norm, lr_factor, make_optimizers
 
 TABLE = [
     (Optim(), 0, 1.0),
@@ -102,6 +105,29 @@ def test_an_override_for_nobody_is_refused():
 
     with pytest.raises(UserError, match=r"optim.players.studnet: no such player; did you mean 'student'\?"):
         make_optimizers({"student": player([0.0])}, Optim(players={"studnet": PlayerOptim(lr=0.1)}))
+
+
+def test_the_norm_of_parts_alone_has_nothing_to_send_from_the_host(monkeypatch):
+    """A zero that was made there would hold the host at each step of a network that is spread whole."""
+    monkeypatch.setattr("torch.distributed.all_reduce", lambda squared: None)
+    part = nn.Parameter(torch.zeros(3, device="meta"))
+    part.grad = torch.zeros_like(part)
+    with _Places() as seen:
+        gradient_norm([], [part])
+    assert seen.places == {"meta"}
+
+
+class _Places(TorchDispatchMode):
+    """The devices of all that is computed inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.places: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.places |= {one.device.type for one in tree_leaves((args, out)) if isinstance(one, torch.Tensor)}
+        return out
 
 
 def test_one_process_has_nothing_to_average():
