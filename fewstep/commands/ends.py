@@ -75,6 +75,6 @@ def own_pictures(state: TrainState) -> Pictures:
         raise UserError("evaluate.reference: missing; a run on prompts has no pictures to be measured against; name "
                         "some, as captions:FOLDER")  # fmt: skip
     if path is None:
-        return Pictures(name)
+        return Pictures(name, options)
     bare = {key: value for key, value in options.items() if key != "flip"}
     return Pictures(f"{name}:{path}" if name in KINDS else str(path), bare)

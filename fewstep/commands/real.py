@@ -53,7 +53,8 @@ def _opened(request: Named, side: int) -> Dataset:
     if Path(request.reference).is_dir():
         return open_dataset("folder", seed=request.seed, size=side, path=request.reference)
     if not place:
-        return open_dataset(name, seed=request.seed, size=side if name == "emoji" else None)
+        size = side if name == "emoji" else None
+        return open_dataset(name, seed=request.seed, size=size, options=request.reference_options)
     if name not in KINDS:
         near = did_you_mean(name, KINDS)
         raise UserError(f"{request.reference!r} is no folder; with a place, {', '.join(KINDS)} are allowed{near}")

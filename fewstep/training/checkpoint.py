@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from fewstep.errors import RunError
 from fewstep.models.shards import joined
 from fewstep.training.failures import what_is_left
-from fewstep.training.integrity import Damaged, sha256
+from fewstep.training.integrity import Damaged, sealed, sha256
 from fewstep.training.loop import TrainState
 from fewstep.training.optim import PlayerOptimizer
 from fewstep.training.processes import told_by_all
@@ -63,7 +64,8 @@ def save(folder: Path, state: TrainState) -> Path:
         # A later one is damaged, or the run would have gone on from it: it must not pass for one of the last.
         found = [one for one in list_checkpoints(folder) if one <= final]
         for old in superfluous(found, state.config.train.keep_last, state.config.train.keep_every):
-            drop(old)
+            with suppress(OSError):  # somebody reads it, on a shared disk: the next save tries again
+                drop(old)
     return final
 
 
@@ -114,7 +116,7 @@ def _make_empty(partial: Path) -> None:
 
 
 def _finish(partial: Path, final: Path, facts: Mapping[str, Any]) -> None:
-    _write_json(partial / STATE, facts)
+    _write_json(partial / STATE, sealed(facts))
     _sync(partial)
     drop(final)
     partial.rename(final)
@@ -156,7 +158,9 @@ def _optimizer_tensors(optimizer: PlayerOptimizer) -> dict[str, Tensor]:
 
 
 def _first_line(error: BaseException) -> str:
-    return error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:

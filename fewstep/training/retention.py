@@ -37,9 +37,9 @@ def drop(checkpoint: Path) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what an interrupted save or removal left behind."""
+    """Remove what an interrupted save or removal left behind, as far as the disk lets it."""
     for left in folder.glob(f"{PARTIAL}*"):
-        left.unlink() if left.is_symlink() else shutil.rmtree(left)
+        left.unlink() if left.is_symlink() else shutil.rmtree(left, ignore_errors=True)
 
 
 def point_at(checkpoint: Path) -> None:

@@ -73,6 +73,25 @@ def test_some_stay_for_good(tmp_path):
     assert [int(path.name[5:]) for path in list_checkpoints(tmp_path)] == [4, 8, 10, 11]
 
 
+def test_an_old_one_that_cannot_be_removed_ends_no_run(tmp_path, monkeypatch):
+    """On a shared disk while somebody reads it; the next save removes it."""
+    state = begin(config(METHODS["pretrain"], tmp_path, train={"steps": 9, "keep_last": 1}))
+    checkpoint.save(tmp_path, state)
+
+    def busy(old: Path) -> None:
+        if old.is_dir():  # not the place of the one that is being saved
+            raise OSError(errno.EBUSY, "Device or resource busy", str(old))
+
+    state.step = 2
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "drop", busy)
+        checkpoint.save(tmp_path, state)
+    assert [step_of(path) for path in list_checkpoints(tmp_path)] == [0, 2]
+    state.step = 4
+    checkpoint.save(tmp_path, state)
+    assert [step_of(path) for path in list_checkpoints(tmp_path)] == [4]
+
+
 def test_a_copy_beside_them_is_no_checkpoint_of_the_run(tmp_path):
     """It is neither gone on from nor dropped, and no step is read from its name."""
     for name in ("step-00000002", "step-00000002-mine", "step-00000009 (copy)", "step-00000004"):
@@ -178,9 +197,15 @@ def damage(folder, what: str) -> None:
             weights.unlink()
         case "torn json":
             (folder / "state.json").write_text('{"step": 2, ')
+        case "another digit":
+            text = (folder / "state.json").read_text()
+            assert '"step": 2,' in text
+            (folder / "state.json").write_text(text.replace('"step": 2,', '"step": 3,'))
+        case "no facts":
+            (folder / "state.json").write_text("[1]")
 
 
-@pytest.mark.parametrize("what", ["one bit", "cut short", "gone", "torn json"])
+@pytest.mark.parametrize("what", ["one bit", "cut short", "gone", "torn json", "another digit", "no facts"])
 def test_damage_is_one_line(tmp_path, what):
     state = saved(tmp_path)
     (folder,) = checkpoint.list_checkpoints(tmp_path)
@@ -343,7 +368,7 @@ def test_other_networks_cannot_be_forced(tmp_path, method, told):
 def test_another_kind_of_device_is_refused(tmp_path):
     state = saved(tmp_path)
     path = list_checkpoints(tmp_path)[-1] / "state.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"device": "cuda"}))
+    path.write_text(json.dumps(integrity.sealed(integrity.read_facts(path.parent) | {"device": "cuda"})))
     with pytest.raises(UserError, match=r"was made on cuda, this run is on cpu, .*; go on on cuda, or change run.dir"):
         checkpoint.restore(path.parent, begin(state.config), lambda text: None)
 
