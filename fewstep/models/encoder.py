@@ -185,7 +185,9 @@ def open_encoder(
         resting = Resting([one for name, one in modules.items() if name != component], there)
     else:
         pipeline.to(there)
-    capture = Capture(pipeline, {**(_sides(side) if "height" in Capture(pipeline).takes else {}), **(call or {})})
+    usual = {**_sides(side), "num_frames": 1}  # the latents are a picture's
+    takes = Capture(pipeline).takes
+    capture = Capture(pipeline, {**{key: value for key, value in usual.items() if key in takes}, **(call or {})})
     return Encoder(folder, capture, listed, there, resting)
 
 

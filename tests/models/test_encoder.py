@@ -67,6 +67,13 @@ def test_conditions_are_those_of_the_whole_pipeline(opened, name):
     same(one.encoder.null(), whole.null())
 
 
+def test_conditions_of_a_video_pipeline_are_of_the_one_frame_that_its_latents_have(opened):
+    """CogVideoX tells the network positions, as many as the pipeline makes frames."""
+    one = opened("cogvideox")
+    facts = {key: value for key, value in tiny_pipelines.facts("cogvideox").items() if key != "num_frames"}
+    same(open_encoder(str(one.folder), side=SIDE, call=facts).prompts(CAPTIONS), one.encoder.prompts(CAPTIONS))
+
+
 def decoded(one: Opened, latents: Tensor, monkeypatch: pytest.MonkeyPatch) -> Tensor:
     """What the whole pipeline makes `(B, 3, H, W)` of latents that its last step is said to have given."""
 
