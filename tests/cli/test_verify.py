@@ -74,6 +74,7 @@ def test_the_error_to_the_map_is_a_mean_distance():
     assert judge("dmd2", 1, replace(made, mapped=made.student + 0.25), 1.0).map_error == pytest.approx(0.25)
 
 
+@pytest.mark.slow
 def test_a_guided_target_is_the_guided_teacher_in_many_steps(monkeypatch):
     """Its Euler in 32 steps is near that, and samples without guidance are not."""
     state = begin(config(METHODS["consistency"], teacher={"guidance": 2.0}))

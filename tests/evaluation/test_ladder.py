@@ -56,6 +56,7 @@ def rungs(figures: list[Figures], name: str) -> list[float]:
     return [one[name].value for one in figures]
 
 
+@pytest.mark.slow
 @needs_lite0
 def test_every_distance_on_general_features(few):
     figures = climb("efficientnet-lite0", DISTANCES, few)

@@ -95,6 +95,7 @@ def test_indifferent_heads_pay_the_chance_level():
     assert (judged.losses["r1"].tolist(), judged.losses["r2"].tolist()) == (0.0, 0.0)
 
 
+@pytest.mark.slow
 def test_an_adversary_alone_brings_the_student_to_the_data():
     """From N(0, 1) to N(1.5, .4²): both moments, with no other term."""
     student, data = Gaussian(1), GaussianMixture.gaussian(1.5, 0.4)

@@ -120,7 +120,8 @@ def test_equal_guidance_of_both_scores_ends_at_the_unguided_teacher(guidance_ran
     assert float((2 * student.log_b.detach()).exp()) == pytest.approx(0.25, abs=0.03)
 
 
-@pytest.mark.parametrize("guidance_range", [pytest.param(None, marks=pytest.mark.slow), [0.5, 2.5]])
+@pytest.mark.parametrize("guidance_range", [None, [0.5, 2.5]])
+@pytest.mark.slow
 def test_guidance_of_the_teacher_alone_ends_beyond_it(guidance_range):
     """At one noise level, scale s = 1.5 or 1.5 on average, where the guided teacher says s·ρ·c + K·x_t.
 

@@ -88,6 +88,7 @@ def asked(place: Path, folder: Path, **more: Any) -> dict[str, Any]:
     return evaluate(request)[1].as_json()
 
 
+@pytest.mark.slow
 def test_a_run_that_encodes_is_scored_as_by_the_command_and_does_not_notice(place, tmp_path):
     plain = finished(values(place, tmp_path / "plain"))
     scored = finished(values(place, tmp_path, evaluate=EVALUATE))

@@ -50,7 +50,9 @@ def real(run: RunConfig) -> TrainState:
     return assemble(run, open_sources(run), accelerator)
 
 
-@pytest.mark.parametrize("name", list(RUNS)[1:])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "flow_map" else n for n in list(RUNS)[1:]]
+)
 def test_a_dry_run_says_what_the_run_holds(name, tmp_path):
     run = config(name, tmp_path)
     said, state = measured(run), real(run)

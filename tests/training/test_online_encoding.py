@@ -103,6 +103,7 @@ def cache_of(place: Path, out: Path) -> Path:
     return out
 
 
+@pytest.mark.slow
 def test_a_killed_run_of_drawn_latents_goes_on_to_the_same_bits(place, tmp_path):
     """With grids, workers, micro-batches and a VAE and text encoder that rest on the host; straight, with none."""
     sections = {"data": {"latents": "drawn", "batch_size": 4}, "train": {"accumulate": 2}}
