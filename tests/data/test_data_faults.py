@@ -125,11 +125,12 @@ def goes_on_as_if_nothing_had_been(run: RunConfig, sources: Callable[[], Sources
 
 @pytest.mark.parametrize("method", ["dmd2", "consistency"])
 def test_a_run_whose_worker_is_killed_names_its_checkpoint_and_loses_nothing(tmp_path, method):
-    run = config(METHODS[method], tmp_path, data={"workers": 2}, train={"checkpoint_every": 2})
+    steps = 12  # more than the three and the four that workers may have ready
+    run = config(METHODS[method], tmp_path, data={"workers": 2}, train={"checkpoint_every": 2, "steps": steps})
     told = fault_at(begin(run), 3, kill_workers)
     assert told.startswith("a data loader worker died (killed by SIGKILL; out of memory?)")
     assert told.endswith(f"; the same command goes on from {last(tmp_path)}")
-    straight = begin(config(METHODS[method], tmp_path / "straight"))
+    straight = begin(config(METHODS[method], tmp_path / "straight", train={"steps": steps}))
     go(straight)
     goes_on_as_if_nothing_had_been(run, lambda: None, straight)
 
