@@ -34,7 +34,7 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from benchmarks.step import unet
+from benchmarks.step import unet, write
 from fewstep import cli
 from fewstep.commands import train as command
 from fewstep.training import checkpoint
@@ -323,8 +323,7 @@ def main() -> None:
               f"max |Δ| = {result.largest_difference:g} over {result.tensors} tensors, {result.left_behind} processes "
               f"left behind, {result.seconds:.0f} s", flush=True)  # fmt: skip
         if words.out is not None:
-            words.out.parent.mkdir(parents=True, exist_ok=True)
-            words.out.write_text(json.dumps(report(results, words.seed), indent=1) + "\n")
+            write(words.out, report(results, words.seed))
     if not all(result.lossless and result.kills >= LEAST for result in results.values()):
         sys.exit("something was lost, or there were too few kills to tell")
 

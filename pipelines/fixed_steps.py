@@ -7,6 +7,8 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from diffusers import ConfigMixin, SchedulerMixin
+from diffusers.schedulers.scheduling_utils import SchedulerOutput
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor
 
@@ -84,6 +86,52 @@ class FixedSteps:
 
     def _noise(self, like: Tensor, generator: torch.Generator | None) -> Tensor:
         return randn_tensor(like.shape, generator=generator or self._generator, device=like.device, dtype=like.dtype)
+
+
+class GridScheduler(SchedulerMixin, ConfigMixin):
+    """A scheduler of diffusers whose steps are `FixedSteps`; what it is told of them is for those that inherit it."""
+
+    order = 1
+    _steps: FixedSteps
+
+    def set_timesteps(
+        self,
+        num_inference_steps: int | None = None,
+        device: torch.device | str | None = None,
+        timesteps: Sequence[float] | None = None,
+        sigmas: Sequence[float] | None = None,
+    ) -> None:
+        """Begin a sampling. The steps are those of the config: a list that the pipeline makes up only has its length.
+
+        Raises:
+            ValueError: another number of steps is asked for.
+        """
+        self._steps.begin(num_inference_steps, timesteps, sigmas)
+        self.timesteps, self.num_inference_steps = self._steps.told(device), len(self._steps.times)
+
+    def manual_seed(self, seed: int) -> None:
+        """Draw the noise between steps from another seed, from the next sampling on."""
+        self._steps.seed = seed
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Where a sampling starts; pipelines say 0."""
+        self._steps.at = begin_index
+
+    def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
+        """What the network is given: the sample `(B, *)`, times c_in at the present step where it is preconditioned."""
+        return self._steps.network_input(sample)
+
+    def step(
+        self,
+        model_output: Tensor,
+        timestep: Any,
+        sample: Tensor,
+        generator: torch.Generator | None = None,
+        return_dict: bool = True,
+    ) -> SchedulerOutput | tuple[Tensor]:
+        """The state `(B, *)` at the next time, from the network's output `(B, *)` at this one."""
+        x = self._steps.step(model_output, sample, generator)
+        return SchedulerOutput(prev_sample=x) if return_dict else (x,)
 
 
 def check_falling(name: str, times: Sequence[Any], low: float, high: float) -> None:

@@ -7,20 +7,16 @@ an export only where none of them serves, because it must be installed with fews
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-import torch
-from diffusers import ConfigMixin, SchedulerMixin
+from diffusers import SchedulerMixin as SchedulerMixin  # diffusers looks for it here, to know how the class is loaded
 from diffusers.configuration_utils import register_to_config
-from diffusers.schedulers.scheduling_utils import SchedulerOutput
-from torch import Tensor
 
 from fewstep.models.schedule import schedule_of
 
-from .fixed_steps import FixedSteps, check_falling
+from .fixed_steps import FixedSteps, GridScheduler, check_falling
 
 
-class VPGridScheduler(SchedulerMixin, ConfigMixin):
+class VPGridScheduler(GridScheduler):
     """Steps of x_t = √ᾱ_t·x_0 + √(1 − ᾱ_t)·ε at fixed times, by the ODE or with fresh noise.
 
     The noise table and the prediction are told as in diffusers' own schedulers, and mean the same.
@@ -41,7 +37,6 @@ class VPGridScheduler(SchedulerMixin, ConfigMixin):
         snr_shift_scale: what CogVideoX divides the table's signal-to-noise ratio by; None: nothing.
     """
 
-    order = 1
     init_noise_sigma = 1.0
 
     @register_to_config
@@ -63,42 +58,3 @@ class VPGridScheduler(SchedulerMixin, ConfigMixin):
         schedule = schedule_of({**self.config, "_class_name": type(self).__name__})
         self._steps = FixedSteps(schedule, times, renoise, seed)
         self.set_timesteps()
-
-    def set_timesteps(
-        self,
-        num_inference_steps: int | None = None,
-        device: torch.device | str | None = None,
-        timesteps: Sequence[float] | None = None,
-        sigmas: Sequence[float] | None = None,
-    ) -> None:
-        """Begin a sampling. The steps are those of the config: a list that the pipeline makes up only has its length.
-
-        Raises:
-            ValueError: another number of steps is asked for.
-        """
-        self._steps.begin(num_inference_steps, timesteps, sigmas)
-        self.timesteps, self.num_inference_steps = self._steps.told(device), len(self._steps.times)
-
-    def manual_seed(self, seed: int) -> None:
-        """Draw the noise between steps from another seed, from the next sampling on."""
-        self._steps.seed = seed
-
-    def set_begin_index(self, begin_index: int = 0) -> None:
-        """Where a sampling starts; pipelines say 0."""
-        self._steps.at = begin_index
-
-    def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
-        """The sample itself."""
-        return sample
-
-    def step(
-        self,
-        model_output: Tensor,
-        timestep: Any,
-        sample: Tensor,
-        generator: torch.Generator | None = None,
-        return_dict: bool = True,
-    ) -> SchedulerOutput | tuple[Tensor]:
-        """The state `(B, *)` at the next time, from the network's output `(B, *)` at this one."""
-        x = self._steps.step(model_output, sample, generator)
-        return SchedulerOutput(prev_sample=x) if return_dict else (x,)

@@ -179,16 +179,19 @@ def open_encoder(
         _import_own(index)
     pipeline = _load(folder, given, dtype)
     pipeline.set_progress_bar_config(disable=True)
-    there, resting = torch.device(device), None
-    if rest:
-        modules = {name: one for name, one in pipeline.components.items() if isinstance(one, nn.Module)}
-        resting = Resting([one for name, one in modules.items() if name != component], there)
-    else:
-        pipeline.to(there)
+    resting = _rested(pipeline, component, torch.device(device)) if rest else None
+    if resting is None:
+        pipeline.to(torch.device(device))
     usual = {**_sides(side), "num_frames": 1}  # the latents are a picture's
     takes = Capture(pipeline).takes
     capture = Capture(pipeline, {**{key: value for key, value in usual.items() if key in takes}, **(call or {})})
-    return Encoder(folder, capture, listed, there, resting)
+    return Encoder(folder, capture, listed, torch.device(device), resting)
+
+
+def _rested(pipeline: Any, denoiser: str, device: torch.device) -> Resting:
+    """Every network of the pipeline but its denoiser waits on the host."""
+    modules = {name: one for name, one in pipeline.components.items() if isinstance(one, nn.Module)}
+    return Resting([one for name, one in modules.items() if name != denoiser], device)
 
 
 def _sides(side: int | tuple[int, int] | None) -> dict[str, int]:

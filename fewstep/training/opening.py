@@ -14,7 +14,8 @@ from fewstep.diffusion.process import same_process
 from fewstep.diffusion.solvers import Denoiser
 from fewstep.errors import UserError
 from fewstep.models.denoiser import NetworkDenoiser
-from fewstep.models.load import Shape, load_denoiser, new_denoiser, resolve
+from fewstep.models.load import load_denoiser, resolve
+from fewstep.models.new_network import Shape, new_denoiser
 from fewstep.rng import seeded
 from fewstep.training.encoding import encoded_by_the_run, unlabelled
 from fewstep.training.starting import at_one_scale, open_student, open_teacher, refuse_inputs

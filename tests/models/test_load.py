@@ -21,7 +21,8 @@ from fewstep.errors import UserError
 from fewstep.models.capture import denoiser_of
 from fewstep.models.conditioning import Condition
 from fewstep.models.denoiser import NetworkDenoiser
-from fewstep.models.load import Shape, load_denoiser, make_denoiser, new_denoiser, resolve
+from fewstep.models.load import load_denoiser, make_denoiser, resolve
+from fewstep.models.new_network import Shape, new_denoiser
 from fewstep.models.schedule import Schedule
 from tests import tiny_pipelines
 from tests.tiny import alive, dit_pipeline, sd3_pipeline, sd15_pipeline, unet2d_classes
