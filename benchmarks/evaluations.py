@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from fewstep.models import discriminator
 from fewstep.models.denoiser import NetworkDenoiser
 from fewstep.models.heads import Heads
-from fewstep.models.layer_norm import arithmetic_layer_norm
+from fewstep.models.norms import arithmetic_layer_norm
 from fewstep.models.taps import FeatureTap
 
 

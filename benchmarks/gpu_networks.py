@@ -11,9 +11,12 @@ from benchmarks.gpu_clock import Bench, Section, told
 from benchmarks.shapes import SHAPES, Shape
 from fewstep.diffusion.derivative import along
 from fewstep.models.attention import set_attention
+from fewstep.models.compile import compile_network
 
 KERNELS = ("auto", "flash", "sage", "xformers", "sdpa")
 """torch's own comes last: diffusers keeps the choice for the process, and the sections that follow are to have it."""
+
+COMPILED = "jvp, compiled blocks"
 
 
 def attention(bench: Bench, section: Section) -> None:
@@ -48,7 +51,7 @@ def _with_kernel(bench: Bench, shape: Shape, kernel: Any) -> dict[str, Any]:
 
 
 def derivatives(bench: Bench, section: Section) -> None:
-    """A derivative along (x, t)."""
+    """A derivative along (x, t): forward mode, a difference, and forward mode with compiled blocks."""
     for name in ("sd15", "dit_xl_2", "flux_blocks"):
         section.measure(name, partial(_derivatives, bench, SHAPES[name]))
 
@@ -60,13 +63,17 @@ def _derivatives(bench: Bench, shape: Shape) -> dict[str, Any]:
     direction, step = (torch.ones_like(batch.x), torch.ones_like(t)), 1e-4 * made.process.t_max
     out: dict[str, Any] = {}
     slopes: dict[str, torch.Tensor] = {}
-    for how in ("jvp", "central_difference"):
+    for title in ("jvp", "central_difference", COMPILED):
+        how: Any = "jvp" if title == COMPILED else title
+        if title == COMPILED:
+            compile_network(made, "none" if bench.tiny else "blocks")
 
-        def call(how: Any = how) -> None:
-            slopes[how] = along(
+        def call(title: str = title, how: Any = how) -> None:
+            slopes[title] = along(
                 lambda x, s: made(x, s, batch.condition).value, (batch.x, t), direction, how, step
             ).slope
 
-        out[how] = bench.seconds_and_peak(call)
-    gap = (slopes["jvp"] - slopes["central_difference"]).norm() / slopes["jvp"].norm()
-    return {**out, "relative_difference": float(gap)}
+        out[title] = bench.seconds_and_peak(call)
+    exact = slopes["jvp"]
+    gaps = {title: float((slope - exact).norm() / exact.norm()) for title, slope in slopes.items() if title != "jvp"}
+    return {**out, "relative_differences": gaps}

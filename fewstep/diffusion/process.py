@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from fewstep.diffusion.forward import Kernel, Process, check_steps, expand
 from fewstep.diffusion.shift import USUAL_STEPS, DynamicShift
@@ -54,11 +55,14 @@ class VP(Process):
 
     def _log_ratio_table(self, like: Tensor) -> Tensor:
         key = (like.device, like.dtype)
-        if key not in self._tables:
-            abar = self.alphas_cumprod
-            log_ratio = (0.5 * (torch.log1p(-abar) - torch.log(abar))).clamp(max=20.0)
-            self._tables[key] = log_ratio.to(like.device, like.dtype)
-        return self._tables[key]
+        if key in self._tables:
+            return self._tables[key]
+        abar = self.alphas_cumprod
+        log_ratio = (0.5 * (torch.log1p(-abar) - torch.log(abar))).clamp(max=20.0)
+        table = log_ratio.to(like.device, like.dtype)
+        if not is_functorch_wrapped_tensor(table):  # else made inside a forward derivative, beyond which it is invalid
+            self._tables[key] = table
+        return table
 
     def _segment(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         table = self._log_ratio_table(t)

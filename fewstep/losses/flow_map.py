@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fewstep.diffusion.derivative import along, forward_derivative
 from fewstep.diffusion.process import expand
-from fewstep.models.layer_norm import arithmetic_layer_norm
+from fewstep.models.norms import arithmetic_layer_norm
 from fewstep.models.two_time import advance
 
 Average = Callable[[Tensor, Tensor, Tensor], Tensor]

@@ -24,31 +24,39 @@ def compile_network(denoiser: NetworkDenoiser, mode: Mode) -> None:
     `graphs` is `whole` whose kernels CUDA starts as one recorded graph, for networks so small that starting them one by
     one takes longer than they do.
     """
+    if mode == "none":
+        return
+    _tell_networks_apart()
     network = denoiser.network
-    if mode != "none":
-        _allow_recompilation()
-    if mode == "whole":
-        network.compile()
+    parts = _blocks(denoiser) if mode == "blocks" else [network]
+    for part in parts:
+        part.compile(mode="reduce-overhead") if mode == "graphs" else part.compile()
     if mode == "graphs":
-        network.compile(mode="reduce-overhead")
         assert network._compiled_call_impl is not None
         network._compiled_call_impl = _Copied(network._compiled_call_impl)
-    if mode == "blocks":
-        for name in denoiser.family.compute_blocks:
-            blocks = network.get_submodule(name)
-            assert isinstance(blocks, nn.ModuleList)
-            for block in blocks:
-                block.compile()
+    # Its imports load torch's compiler, for which other runs should not wait.
+    from fewstep.models.compiled_derivative import CompiledDerivative
+
+    derivative = CompiledDerivative(network, denoiser.graft.scalars)
+    for part in parts:
+        derivative.attach(part)
 
 
-def _allow_recompilation() -> None:
-    """Let a class have more than the 8 versions of its code after which torch goes on eagerly.
+def _blocks(denoiser: NetworkDenoiser) -> list[nn.Module]:
+    lists = [denoiser.network.get_submodule(name) for name in denoiser.family.compute_blocks]
+    return [block for one in lists for block in one.children()]
+
+
+def _tell_networks_apart() -> None:
+    """Let a class have more than the 8 versions of its code after which torch goes on eagerly, and check their hooks.
 
     A UNet's blocks are of few classes and of many widths, and each is run with and without gradient, by student and
-    teacher, in training and for samples.
+    teacher, in training and for samples. Where one of them has a tap and another has none, torch would run the code of
+    either in both, unless it is told to look.
     """
-    limits: Any = import_module("torch._dynamo.config")
-    limits.recompile_limit = max(limits.recompile_limit, _VERSIONS)
+    settings: Any = import_module("torch._dynamo.config")
+    settings.recompile_limit = max(settings.recompile_limit, _VERSIONS)
+    settings.skip_nnmodule_hook_guards = False
 
 
 @dataclass(frozen=True)

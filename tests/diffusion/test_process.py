@@ -178,3 +178,16 @@ def test_times_keep_their_precision_beside_low_precision_samples() -> None:
     noisy = Flow().add_noise(torch.ones(2, 1, dtype=torch.bfloat16), torch.zeros(2, 1), torch.tensor([0.3, 0.301]))
     assert noisy.dtype == torch.float32
     assert noisy.flatten().tolist() == pytest.approx([0.7, 0.699])
+
+
+def test_a_table_made_inside_a_derivative_does_not_outlive_it() -> None:
+    table = torch.linspace(0.999, 0.01, 1000, dtype=torch.float64)
+    process, t = VP(table), tensor(3.3, 700.1)
+
+    def change(t: Tensor) -> Tensor:
+        return torch.func.jvp(process.sigma, (t,), (torch.ones_like(t),))[1].sum()
+
+    first = torch.func.grad(change)(t)
+    assert torch.equal(torch.func.grad(change)(t), first)
+    close(torch.func.jvp(process.sigma, (t,), (torch.ones_like(t),))[1], process.d_sigma(t))
+    assert torch.equal(process.alpha(t), VP(table).alpha(t))

@@ -1,42 +1,29 @@
-"""Compiled networks: in place, and never given up on because of a forward derivative."""
+"""Compiled networks: computed as they are written, in place."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
-from torch import Tensor, nn
+from torch import Tensor
 
-from fewstep.diffusion.derivative import along, forward_derivative
+from benchmarks.step import parts_of, start
 from fewstep.diffusion.prediction import Kind
 from fewstep.diffusion.process import VP
 from fewstep.models.compile import compile_network
 from fewstep.models.conditioning import Condition
+from fewstep.models.denoiser import NetworkDenoiser
 from fewstep.models.load import make_denoiser
 from fewstep.models.schedule import Schedule, alphas_cumprod
+from tests import tiny
 from tests.models.test_memory import LABELS, T, denoiser, x
+from tests.training.runs import METHODS, begin, config, go, weights
 
-
-class Counter:
-    """A compiler that leaves graphs as they are, and counts how often they run."""
-
-    def __init__(self) -> None:
-        self.runs = 0
-
-    def __call__(self, graph: torch.fx.GraphModule, _inputs: list[Tensor]):
-        def run(*arguments: Tensor):
-            self.runs += 1
-            return graph.forward(*arguments)
-
-        return run
-
-
-@pytest.fixture
-def counter(monkeypatch):
-    found, plain = Counter(), nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda module, mode=None: plain(module, backend=found))
-    yield found
-    torch._dynamo.reset()
+NOT_A_LEAF = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+"""What torch's compiler says of its own look at a tensor."""
 
 
 @pytest.mark.parametrize("mode", ["whole", "graphs", "blocks", "none"])
@@ -51,29 +38,40 @@ def test_a_compiled_network_computes_the_same(mode, counter):
     assert list(made.network.state_dict()) == names
 
 
-@pytest.mark.parametrize("mode", ["whole", "graphs", "blocks"])
-def test_a_forward_derivative_does_not_spoil_it(mode, counter):
-    made, noisy = denoiser("dit"), x()
-
-    def velocity(at: Tensor) -> Tensor:
-        return made(at, T, LABELS).velocity
-
-    expected = along(velocity, (noisy,), (torch.ones_like(noisy),)).slope
-    compile_network(made, mode)
-    with torch.no_grad():
-        first = made(noisy, T, LABELS).value
-        once = counter.runs
-        assert once > 0
-        slope = along(velocity, (noisy,), (torch.ones_like(noisy),)).slope
-        forward_derivative(velocity, (noisy,), (torch.ones_like(noisy),))
-        assert counter.runs == once, "a derivative runs the network as it is"
-        assert torch.equal(made(noisy, T, LABELS).value, first)
-    assert counter.runs == 2 * once
-    torch.testing.assert_close(slope, expected, rtol=0, atol=1e-6)
+@pytest.mark.slow
+@NOT_A_LEAF
+@pytest.mark.parametrize("name", [*METHODS])
+def test_a_run_goes_the_same_way(name, tmp_path, counter):
+    """Six steps of every method, whole networks compiled."""
+    ends = []
+    for mode in ("none", "whole"):
+        state = begin(config(METHODS[name], tmp_path / mode, train={"compile": mode}))
+        go(state, 6)
+        ends.append(weights(state))
+    for key, value in ends[0].items():
+        torch.testing.assert_close(ends[1][key], value, rtol=1e-4, atol=1e-5, msg=key)
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@NOT_A_LEAF
+@pytest.mark.parametrize("name", ["adversarial", "gdd", "agd", "plug_and_play", "scm", "flow_map"])
+def test_networks_that_are_alike_keep_their_taps_and_additions(name, tmp_path, counter):
+    """Student, critic and teacher are of one class, whose code they share; one has a tap, or is added to."""
+    losses = []
+    for mode in ("none", "whole"):
+        state = start(name, "dit", True, tmp_path / mode)
+        parts = {id(part.network): part for part in parts_of(state) if isinstance(part, NetworkDenoiser)}
+        for part in parts.values():
+            tiny.alive(part.network, 0.1)
+            compile_network(part, mode)
+        losses.append([{k: float(v) for k, v in report.terms.losses.items()} for report in go(state, 4)])
+    assert counter.runs > 0
+    for one, other in zip(*losses, strict=True):
+        assert other == pytest.approx(one, rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.slow
+@NOT_A_LEAF
 def test_every_block_of_a_unet_stays_compiled(counter):
     """Of four widths, in each kind of pass, at two batch sizes: more versions of a class than torch keeps by itself."""
     network = UNet2DConditionModel(sample_size=16, block_out_channels=(8, 16, 24, 32), layers_per_block=1,
@@ -102,20 +100,20 @@ def test_what_a_recorded_graph_put_out_is_not_overwritten(monkeypatch):
 
         return run
 
-    asked, plain = [], nn.Module.compile
+    asked, plain = [], torch.compile
 
-    def compiled(module: nn.Module, mode: str | None = None) -> None:
+    def compiled(call: Callable[..., Any], mode: str | None = None, **words: Any) -> Any:
         asked.append(mode)
-        plain(module, backend=record)
+        return plain(call, backend=record, **words)
 
-    monkeypatch.setattr(nn.Module, "compile", compiled)
+    monkeypatch.setattr(torch, "compile", compiled)
     made = denoiser("dit")
     with torch.no_grad():
         plain_values = [made(at, T, LABELS).value for at in (x(), 2 * x())]
         compile_network(made, "graphs")
         values = [made(at, T, LABELS).value for at in (x(), 2 * x())]
     torch._dynamo.reset()
-    assert asked == ["reduce-overhead"]
+    assert asked == ["reduce-overhead", None]  # the network, and its derivative
     for value, expected in zip(values, plain_values, strict=True):
         torch.testing.assert_close(value, expected, rtol=0, atol=1e-6)
 
@@ -129,7 +127,7 @@ def test_a_run_of_recorded_graphs_goes_the_same_way(name, tmp_path):
 
     from fewstep.training.assemble import assemble
     from fewstep.training.opening import Sources
-    from tests.training.runs import METHODS, config, go, sources, vector_denoiser, weights
+    from tests.training.runs import sources, vector_denoiser
 
     ends, memory = [], []
     for mode in ("none", "graphs"):

@@ -71,7 +71,29 @@ def test_the_benchmark_of_a_device_runs_on_small_networks(tmp_path):
     kernels = sections["attention"]
     assert kernels["flux_blocks/sdpa"]["forward and backward"]["seconds"] > 0
     assert "memory.attention: flash given" in kernels["flux_blocks/flash"]["error"]
-    assert all(one["relative_difference"] < 0.05 for one in sections["jvp"].values())
+    assert all(max(one["relative_differences"].values()) < 0.05 for one in sections["jvp"].values())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # torch's compiler
+def test_every_kind_of_compilation_is_timed(tmp_path, monkeypatch):
+    """With a compiler that leaves the code as it is, which takes seconds."""
+    from benchmarks import compiled
+
+    plain, threads = torch.compile, torch.get_num_threads()
+    monkeypatch.setattr(torch, "compile", lambda call, **words: plain(call, backend="eager", **words))
+    words = ["--quick", "--methods", "flow_map", "--json", str(tmp_path / "compiled.json")]
+    monkeypatch.setattr(sys, "argv", ["compiled", *words])
+    try:
+        compiled.main()
+    finally:
+        torch.set_num_threads(threads)
+    (kinds,) = json.loads((tmp_path / "compiled.json").read_text())["steps"].values()
+    assert kinds["none"]["step"] == kinds["none"]["derivative"] == 1
+    for mode in ("none", "blocks", "whole"):
+        assert 0.1 < kinds[mode]["step"] < 10
+        assert 0.1 < kinds[mode]["derivative"] < 10
+        assert kinds[mode]["first"] > 0
 
 
 def test_what_fails_or_hangs_costs_no_other_figure(tmp_path, monkeypatch, capsys):

@@ -1,13 +1,13 @@
-"""Layer norm in plain arithmetic: the fused kernel's numbers, and the second derivatives that it gets wrong."""
+"""Norms in plain arithmetic: the fused kernels' numbers, and the second derivatives that one of them gets wrong."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import layer_norm
+from torch.nn.functional import group_norm, layer_norm
 
-from fewstep.models.layer_norm import arithmetic_layer_norm
+from fewstep.models.norms import arithmetic_group_norm, arithmetic_layer_norm
 
 SHAPES = [((6,), True, True), ((5, 6), True, True), ((6,), True, False), ((6,), False, False)]
 
@@ -27,6 +27,22 @@ def test_it_is_the_fused_one_with_its_gradients(shape, weighted, biased):
         plain = layer_norm(x, shape, weight, bias, 1e-3)
     torch.testing.assert_close(plain, fused, rtol=0, atol=1e-12)
     pull = randn(4, 5, 6, seed=3)
+    for one, other in zip(*(torch.autograd.grad(out, inputs, pull) for out in (plain, fused)), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (4, 6, 5), (4, 6, 5, 3)])
+@pytest.mark.parametrize(("weighted", "biased"), [(True, True), (True, False), (False, False)])
+def test_group_norm_is_the_fused_one_with_its_gradients(shape, weighted, biased):
+    weight = randn(6, seed=1).requires_grad_() if weighted else None
+    bias = randn(6, seed=2).requires_grad_() if biased else None
+    x = (3 * randn(*shape) + 1).requires_grad_()
+    inputs = [one for one in (x, weight, bias) if one is not None]
+    fused = group_norm(x, 3, weight, bias, 1e-3)
+    with arithmetic_group_norm():
+        plain = group_norm(x, 3, weight, bias, 1e-3)
+    torch.testing.assert_close(plain, fused, rtol=0, atol=1e-12)
+    pull = randn(*shape, seed=3)
     for one, other in zip(*(torch.autograd.grad(out, inputs, pull) for out in (plain, fused)), strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-12)
 
@@ -76,11 +92,14 @@ def test_gradients_of_a_forward_derivative(mended):
 
 
 def test_half_precision_stays_what_it_is():
-    """The fused kernel averages in float32 and rounds once."""
+    """The fused kernels average in float32 and round once."""
     x = (4 * randn(64, 256) + 30).bfloat16()
-    with arithmetic_layer_norm():
-        plain = layer_norm(x, (256,))
-    assert plain.dtype == torch.bfloat16
-    exact = layer_norm(x.double(), (256,))
-    fused = layer_norm(x, (256,))
-    assert float((plain.double() - exact).abs().max()) <= 1.01 * float((fused.double() - exact).abs().max())
+    for mode, norm in (
+        (arithmetic_layer_norm, lambda x: layer_norm(x, (256,))),
+        (arithmetic_group_norm, lambda x: group_norm(x, 4)),
+    ):
+        with mode():
+            plain = norm(x)
+        assert plain.dtype == torch.bfloat16
+        exact, fused = norm(x.double()), norm(x)
+        assert float((plain.double() - exact).abs().max()) <= 1.01 * float((fused.double() - exact).abs().max())
