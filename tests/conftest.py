@@ -14,6 +14,8 @@ import torch
 from accelerate.state import AcceleratorState
 
 torch.set_num_threads(1)
+# Where torch's compiler has been loaded before a process's first backward pass, its forks are refused theirs.
+torch.ones(1, requires_grad=True).sum().backward()
 
 
 @pytest.fixture(autouse=True)

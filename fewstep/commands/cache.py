@@ -12,7 +12,7 @@ import typer
 from accelerate import Accelerator
 
 from fewstep.data import cache_files as files
-from fewstep.data.cache_files import Index, Plan, ShardFacts
+from fewstep.data.cache_files import Index, Plan, FileFacts
 from fewstep.data.cache_fit import ENCODERS, encoders_digest, takes_prompts
 from fewstep.data.caching import Maker, contents_digest, packed, token_lengths
 from fewstep.data.fingerprint import weights_digests
@@ -167,7 +167,7 @@ def _spoiled(out: Path, plan: Plan) -> frozenset[str] | None:
     return spoiled or None
 
 
-def _as_stated(path: Path, facts: ShardFacts) -> bool:
+def _as_stated(path: Path, facts: FileFacts) -> bool:
     return path.is_file() and path.stat().st_size == facts.bytes and files.sha256(path) == facts.sha256
 
 

@@ -92,8 +92,8 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class ShardFacts:
-    """One shard as it was written."""
+class FileFacts:
+    """One file of a cache as it was written."""
 
     file: str
     samples: int
@@ -118,8 +118,8 @@ class Index:
     shape: tuple[int, ...]
     lengths: Mapping[str, int]
     shared: Mapping[str, Any]
-    null: ShardFacts | None
-    shards: tuple[ShardFacts, ...]
+    null: FileFacts | None
+    shards: tuple[FileFacts, ...]
 
 
 def shard_name(number: int) -> str:
@@ -186,12 +186,12 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
         raise RunError(f"cache: {path} cannot be written ({reason}); the same command goes on from there") from error
 
 
-def facts_of(path: Path) -> ShardFacts:
+def facts_of(path: Path) -> FileFacts:
     """A file as it lies there."""
     opened = RowFile.open(path)
     samples = opened.shape(PROMPT)[0] if PROMPT in opened.places else 0
     samples = opened.shape(LATENTS)[0] if LATENTS in opened.places else samples
-    return ShardFacts(path.name, samples, path.stat().st_size, sha256(path))
+    return FileFacts(path.name, samples, path.stat().st_size, sha256(path))
 
 
 def is_whole(path: Path) -> bool:
@@ -222,8 +222,8 @@ def read_index(folder: Path) -> Index:
         raise UserError(f"data.path: {folder} holds no cache (no {INDEX}); `fewstep cache` makes one")
     values = _read_json(path)
     try:
-        null = None if values["null"] is None else ShardFacts(**values["null"])
-        shards = tuple(ShardFacts(**one) for one in values["shards"])
+        null = None if values["null"] is None else FileFacts(**values["null"])
+        shards = tuple(FileFacts(**one) for one in values["shards"])
         return Index(_plan(path, {"format": values["format"], **values["plan"]}), tuple(values["shape"]),
                      values["lengths"], values["shared"], null, shards)  # fmt: skip
     except (KeyError, TypeError) as error:

@@ -16,7 +16,7 @@ from fewstep.data.cache_files import (
     LATENTS,
     PROMPT,
     SHARED,
-    ShardFacts,
+    FileFacts,
     read_index,
     sha256,
 )
@@ -117,7 +117,7 @@ class CachedLatents:
         told = PROMPT if self.index.null is not None else LABELS if self.classes else None
         return tuple(name for name in (LATENTS if self.index.plan.pixels else None, told) if name is not None)
 
-    def _opened(self, folder: Path, facts: ShardFacts, check: bool, needed: Sequence[str]) -> RowFile:
+    def _opened(self, folder: Path, facts: FileFacts, check: bool, needed: Sequence[str]) -> RowFile:
         path, mend = folder / facts.file, f"make it anew: {self.index.plan.command(folder)}"
         try:
             size = path.stat().st_size

@@ -21,7 +21,7 @@ from tests.models.test_memory import LABELS, T, denoiser, x
 case = test_families.case
 
 
-@pytest.mark.parametrize("mode", ["whole", "graphs", "blocks"])
+@pytest.mark.parametrize("mode", ["whole", pytest.param("graphs", marks=pytest.mark.slow), "blocks"])
 def test_a_forward_derivative_has_code_of_its_own(mode, counter):
     """Made once, whatever it is asked for next, and beside the network's own code, which stays."""
     made = denoiser("dit")

@@ -176,8 +176,8 @@ def test_the_grid_is_the_configs_whatever_the_pipeline_says():
         torch.testing.assert_close(scheduler.timesteps, torch.tensor([1000.0, 900.0, 500.0]))
     with pytest.raises(ValueError, match=r"num_inference_steps: 2 given; this student was made for 3"):
         scheduler.set_timesteps(sigmas=[1.0, 0.5])
-    for wrong in ([], [1.0, 1.0], [0.5, 0.9], [1.5, 1.0], [1.0, 0.0]):
-        with pytest.raises(ValueError, match="numbers that fall from 1"):
+    for wrong in ([], [1.0, 1.0], [0.5, 0.9], [1.5, 1.0], [1.0, -0.1]):
+        with pytest.raises(ValueError, match="numbers that fall, from 1 down to 0, are needed"):
             FlowGridScheduler(sigmas=wrong)
 
 

@@ -199,20 +199,8 @@ def test_a_run_from_its_start_has_no_best(tmp_path, monkeypatch):
     assert kept_weights(tmp_path) != before
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_what_looks_on_has_nothing_compiled(tmp_path):
-    """Not even of another size, for which training would be given other kernels.
-
-    In a process of its own: after torch's compiler has run in one, torch may refuse its forks a backward pass.
-    """
-    process = torch.multiprocessing.get_context("fork").Process(target=has_nothing_compiled, args=(tmp_path,))
-    process.start()
-    process.join(120)
-    assert process.exitcode == 0
-
-
-def has_nothing_compiled(folder: Path) -> None:
+    """Not even of another size, for which training would be given other kernels."""
     made: list[int] = []
 
     def backend(graph: torch.fx.GraphModule, _: list[torch.Tensor]) -> Any:
@@ -221,7 +209,7 @@ def has_nothing_compiled(folder: Path) -> None:
 
     double = torch.compile(lambda x: 2 * x, backend=backend)
     double(torch.ones(3))
-    with watch.undisturbed(parse(digits_values(folder, train={"compile": "blocks"}))):
+    with watch.undisturbed(parse(digits_values(tmp_path, train={"compile": "blocks"}))):
         assert torch.equal(double(torch.ones(5)), torch.full((5,), 2.0))
     assert made == [1]
     double(torch.ones(5))
