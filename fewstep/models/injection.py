@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from fewstep.data.batch import Batch
 from fewstep.diffusion.process import Process
@@ -138,6 +139,7 @@ class Injection(nn.Module):
         self.scalars = Scalars()
         self.sample, self.time, self.element = "", "", -1
         self.hears = False
+        self._unheard: tuple[Tensor, Tensor, dict[str, Any]] | None = None
 
     @abstractmethod
     def hear(self, sample: Tensor, scale: Tensor, told: Mapping[str, Any]) -> None:
@@ -184,8 +186,9 @@ class Injection(nn.Module):
     def _begin(self, _network: nn.Module, _args: Any, kwargs: dict[str, Any]) -> None:
         scale = self.scalars.values.get(GUIDANCE)
         self.hears = scale is not None
-        if scale is not None:
-            self.hear(kwargs[self.sample], scale, {**kwargs, "timestep": kwargs[self.time]})
+        self._unheard = (
+            None if scale is None else (kwargs[self.sample], scale, {**kwargs, "timestep": kwargs[self.time]})
+        )
 
     def _add(self, index: int, _block: nn.Module, _args: Any, output: Any) -> Any:
         """Of a block that returns text and image the image stream is added to."""
@@ -198,10 +201,13 @@ class Injection(nn.Module):
         return self._sum(index, output)
 
     def _sum(self, index: int, hidden: Tensor) -> Tensor:
+        if self._unheard is not None:  # at the first block: where the network's weights visit a device, they are there
+            self.hear(*tree_map(lambda v: v.to(hidden.device) if isinstance(v, Tensor) else v, self._unheard))
+            self._unheard = None
         return hidden + self.addition(index, hidden).to(hidden.dtype)
 
     def _end(self, _network: nn.Module, _args: Any, _output: Any) -> None:
-        self.hears = False
+        self.hears, self._unheard = False, None
         self.forget()
 
 

@@ -109,10 +109,11 @@ def test_without_its_span_the_same_student_makes_others(pixels, tmp_path):
     assert float((pipeline(generator=torch.Generator().manual_seed(0), **words).images - made).abs().max()) > 1e-3
 
 
-def test_its_weights_may_visit_a_device_for_each_call(pixels):
+@pytest.mark.parametrize("kind", ["span", "adapters", "guide"])
+def test_its_weights_may_visit_a_device_for_each_call(pixels, kind):
     """As `enable_model_cpu_offload` has it: they move when the network's own pass begins, after its inputs are told."""
-    student = spanned(pixels).denoiser
-    network = exported_network(student, Sampler.of(student.process, 2, "flow_map"))
+    student = (spanned(pixels) if kind == "span" else guided(pixels, kind)).denoiser
+    network = exported_network(student, Sampler.of(student.process, 2, "flow_map" if kind == "span" else "ddim"))
     cpu_offload_with_hook(network, torch.device("meta"))
     x, labels = torch.zeros(2, 3, 8, 8, device="meta"), torch.zeros(2, dtype=torch.long, device="meta")
     assert network(x, 999, class_labels=labels).sample.shape == x.shape
