@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fewstep.models.hub_name import HubName
+
 from .manifest import Manifest, modules
 from .recipes import Recipe
 from .schedulers import Contract
@@ -74,11 +76,13 @@ def snippet(manifest: Manifest, recipe: Recipe, out: Path) -> str:
 def _onto_the_teacher(manifest: Manifest, without: str, call: str, out: Path, output: str) -> str:
     module, _, scheduler = manifest.scheduler.rpartition(".")
     found = f"from {module} import {scheduler}\n" if manifest.own else ""
-    stock = "" if manifest.own else f", {scheduler}"
+    stock, hub = "" if manifest.own else f", {scheduler}", HubName.of(manifest.base or "")
+    base = repr(manifest.base) if hub is None else repr(hub.repository)
+    commit = "" if hub is None or hub.revision is None else f", revision={hub.revision!r}"
     return "\n".join(
         [
             f"{found}from diffusers import DiffusionPipeline{stock}",
-            f"pipeline = DiffusionPipeline.from_pretrained({manifest.base!r}{without})",
+            f"pipeline = DiffusionPipeline.from_pretrained({base}{commit}{without})",
             f"pipeline.load_lora_weights({out.as_posix()!r}, weight_name={manifest.adapters!r})",
             f"pipeline.scheduler = {scheduler}.from_pretrained({out.as_posix()!r}, subfolder='scheduler')",
             f"{output} = pipeline({call}).{output}",
@@ -124,14 +128,10 @@ def _figures(metrics: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 def _front_matter(facts: CardFacts, recipe: Recipe) -> str:
     lines = ["---", "library_name: diffusers", f"pipeline_tag: {recipe.tag}", f"license: {facts.license or 'unknown'}"]
-    if facts.teacher is not None and _is_hub_name(facts.teacher):
-        lines.append(f"base_model: {json.dumps(facts.teacher)}")
+    hub = HubName.of(facts.teacher or "")
+    if hub is not None:  # the hub refuses a card whose `base_model` is a folder
+        lines.append(f"base_model: {json.dumps(hub.repository)}")
     return "\n".join([*lines, "tags: [fewstep, few-step]", "---"])
-
-
-def _is_hub_name(name: str) -> bool:
-    """Whether it can be a repository's: the hub refuses a card whose `base_model` is a folder."""
-    return name.count("/") == 1 and not name.startswith((".", "/")) and not Path(name).is_dir()
 
 
 def _summary(facts: CardFacts, manifest: Manifest) -> str:

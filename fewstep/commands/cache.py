@@ -12,7 +12,7 @@ import typer
 from accelerate import Accelerator
 
 from fewstep.data import cache_files as files
-from fewstep.data.cache_files import Index, Plan, FileFacts
+from fewstep.data.cache_files import FileFacts, Index, Plan
 from fewstep.data.cache_fit import ENCODERS, encoders_digest, takes_prompts
 from fewstep.data.caching import Maker, contents_digest, packed, token_lengths
 from fewstep.data.fingerprint import weights_digests

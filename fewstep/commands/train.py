@@ -24,10 +24,12 @@ from fewstep.training.clock import Clock, Speed
 from fewstep.training.failures import ends_told
 from fewstep.training.loop import Report, TrainState, train
 from fewstep.training.opening import open_sources
+from fewstep.training.pins import pinned
 from fewstep.training.retention import point_at
 from fewstep.training.tracking import Log, require_trackers
 
 CHECKPOINTS = "checkpoints"
+CONFIG = "config.json"
 
 
 def run(path: Path, overrides: Sequence[str], force: bool = False) -> None:
@@ -55,7 +57,7 @@ def start(config: RunConfig, force: bool = False) -> TrainState:
         RunError: the processes do not see the same checkpoints.
     """
     require_trackers(config.train.trackers)
-    accelerator = make_accelerator(config)
+    accelerator, config = make_accelerator(config), pinned(config, config.run.dir / CONFIG)
     state = assemble(config, open_sources(config, accelerator.device), accelerator)
     found = checkpoint.list_checkpoints(config.run.dir / CHECKPOINTS)
     if found and config.train.resume == "never":
@@ -155,7 +157,7 @@ def write_config(config: RunConfig) -> None:
         config.run.dir.mkdir(parents=True, exist_ok=True)
         partial = config.run.dir / ".config.json.partial"
         partial.write_text(json.dumps(config.model_dump(mode="json"), indent=1))
-        os.replace(partial, config.run.dir / "config.json")
+        os.replace(partial, config.run.dir / CONFIG)
     except OSError as error:
         raise UserError(f"run.dir: {config.run.dir} cannot be written: {error.strerror}") from error
 

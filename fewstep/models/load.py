@@ -18,6 +18,7 @@ from fewstep.models.denoiser import NetworkDenoiser, freeze
 from fewstep.models.exported import MANIFEST, read_exported
 from fewstep.models.families import FAMILIES, Family, family_of
 from fewstep.models.graft import Graft
+from fewstep.models.hub_name import HubName
 from fewstep.models.lora import Adapters
 from fewstep.models.schedule import Schedule, schedule_of
 from fewstep.models.stored_inputs import FACTS, Stored, add_adapters, load_stored, plain_config, plain_name
@@ -39,7 +40,7 @@ def embedded_teachers() -> tuple[str, ...]:
 
 
 def resolve(path: str, place: str = "teacher.path", weights: bool = True) -> Path:
-    """The pipeline folder of an embedded name, a folder, or a hub name (which is downloaded to the hub's cache).
+    """The pipeline folder of an embedded name, a folder, or a name on the hub, which is downloaded to the hub's cache.
 
     Args:
         path: the name.
@@ -54,23 +55,26 @@ def resolve(path: str, place: str = "teacher.path", weights: bool = True) -> Pat
     folder = Path(path)
     if folder.is_dir():
         return folder
-    if path.count("/") == 1 and not path.startswith((".", "/")):
-        return _from_hub(path, place, weights)
+    hub = HubName.of(path)
+    if hub is not None:
+        return _from_hub(hub, place, weights)
     near = did_you_mean(path, embedded_teachers())
     embedded = ", ".join(embedded_teachers()) or "none"
     raise UserError(f"{place}: no folder or embedded teacher {path!r}{near}; embedded: {embedded}")
 
 
-def _from_hub(name: str, place: str, weights: bool) -> Path:
+def _from_hub(hub: HubName, place: str, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     wanted = [pattern for pattern in PARTS if weights or not pattern.endswith(".safetensors")]
     try:
-        return Path(snapshot_download(name, allow_patterns=wanted, ignore_patterns=[*VARIANTS]))
+        return Path(
+            snapshot_download(hub.repository, revision=hub.revision, allow_patterns=wanted, ignore_patterns=[*VARIANTS])
+        )
     except (HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, OSError) as error:
         told = first_line(error)
-        raise UserError(f"{place}: {name!r} is no folder, and the hub did not give it: {told}") from error
+        raise UserError(f"{place}: {str(hub)!r} is no folder, and the hub did not give it: {told}") from error
 
 
 def first_line(error: Exception) -> str:

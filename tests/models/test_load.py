@@ -21,6 +21,7 @@ from fewstep.errors import UserError
 from fewstep.models.capture import denoiser_of
 from fewstep.models.conditioning import Condition
 from fewstep.models.denoiser import NetworkDenoiser
+from fewstep.models.hub_name import HubName, commit_of
 from fewstep.models.load import load_denoiser, make_denoiser, resolve
 from fewstep.models.new_network import Shape, new_denoiser
 from fewstep.models.schedule import Schedule
@@ -119,13 +120,42 @@ def test_the_hub_gives_the_components_files_only(monkeypatch):
              "text_encoder/model-00001-of-00002.safetensors"]  # fmt: skip
     kept: list[str] = []
 
-    def fetched(name: str, **patterns: Any) -> str:
+    def fetched(name: str, revision: str | None, **patterns: Any) -> str:
         kept.extend(filter_repo_objects(names, **patterns))
-        return "/there"
+        return f"/there/{name}/{revision}"
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fetched)
-    assert resolve("some/name") == Path("/there")
+    assert resolve("some/name") == Path("/there/some/name/None")
     assert kept == [names[0], names[2], names[3], names[4], names[8]]
+    assert resolve("some/name@refs/pr/1") == Path("/there/some/name/refs/pr/1")
+
+
+@pytest.mark.parametrize(
+    ("path", "repository", "revision"),
+    [("a/b", "a/b", None), ("a/b@", "a/b", None), ("a/b@1.0", "a/b", "1.0"), ("a/b@refs/pr/1", "a/b", "refs/pr/1")],
+)
+def test_a_name_on_the_hub_may_have_a_commit(path, repository, revision):
+    assert HubName.of(path) == HubName(repository, revision)
+    assert str(HubName(repository, revision)) == path.rstrip("@")
+
+
+@pytest.mark.parametrize("path", ["", "name", "/a/b", "./b", "a/b/c", "../b@1", "a"])
+def test_other_paths_are_no_names_on_the_hub(path):
+    assert HubName.of(path) is None
+
+
+def test_a_folder_comes_before_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a" / "b@1").mkdir(parents=True)
+    assert HubName.of("a/b@1") is None
+    assert HubName.of("a/b@2") == HubName("a/b", "2")
+
+
+def test_the_hub_s_cache_says_which_commit_a_folder_is(tmp_path):
+    commit = 20 * "0a"
+    assert commit_of(tmp_path / "snapshots" / commit) == commit
+    assert commit_of(tmp_path / "snapshots" / "main") is None
+    assert commit_of(tmp_path / commit) is None
 
 
 def rewrite(path: Path, **changes: object) -> None:

@@ -185,7 +185,7 @@ def test_the_cards_snippet_runs(pixels, tmp_path, steps):
 def test_the_card_tells_what_the_run_knows(pixels, tmp_path):
     facts = replace(
         FACTS,
-        teacher="some/teacher",
+        teacher="some/teacher@v1",
         license="apache-2.0",
         classes=("cat", "dog"),
         metrics={"fd": 1.25, "x": {"kid": 0.5}},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,12 @@ from fewstep.models.denoiser import NetworkDenoiser
 from fewstep.models.guidance_input import with_guidance_input
 from fewstep.models.load import load_denoiser
 from fewstep.pipelines import check
-from fewstep.pipelines.card import CardFacts
+from fewstep.pipelines.card import CardFacts, snippet
 from fewstep.pipelines.export import export_student
 from fewstep.pipelines.lora_file import FILE
 from fewstep.pipelines.manifest import read_manifest
 from fewstep.pipelines.plan import Form
+from fewstep.pipelines.recipes import recipe_of
 from tests import tiny, tiny_pipelines
 from tests.pipelines.conftest import Student
 
@@ -85,6 +87,16 @@ def test_the_cards_snippet_loads_it(teachers, tmp_path):
     exec(code[1], names)
     assert type(names["pipeline"].scheduler).__name__ == "LCMScheduler"
     assert len(names["images"]) == 1
+
+
+@pytest.mark.parametrize(("base", "named"), [("a/b", "'a/b'"), ("a/b@1f", "'a/b', revision='1f'")])
+def test_the_snippet_names_the_commit_of_its_base(teachers, tmp_path, base, named):
+    student = teachers("sd15")
+    exported(adapted(student), student.folder, tmp_path / "out")
+    manifest = read_manifest(tmp_path / "out")
+    told = snippet(replace(manifest, base=base), recipe_of(student.denoiser, manifest.pipeline), tmp_path / "out")
+    assert f"DiffusionPipeline.from_pretrained({named}" in told
+    assert ("revision" in told) == ("@" in base)
 
 
 def test_adapters_are_stored_in_the_dtype_asked_for(teachers, tmp_path):
