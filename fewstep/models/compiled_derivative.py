@@ -15,7 +15,7 @@ from torch._C._functorch import (
     maybe_current_level,  # pyright: ignore[reportAttributeAccessIssue]
     maybe_get_level,
 )
-from torch._dynamo.exc import TorchDynamoException
+from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException
 from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.autograd import forward_ad
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
@@ -52,7 +52,7 @@ class CompiledDerivative:
                 return module._call_impl(*args, **kwargs)
             try:
                 return self._dual(level, module._call_impl, args, kwargs)
-            except TorchDynamoException as error:
+            except (TorchDynamoException, FailOnRecompileLimitHit) as error:
                 reason = str(error).strip().partition("\n")[0]
                 _log.warning("warning: %s: its forward derivative is not compiled: %s", self._name, reason)
                 self._refused = True
