@@ -102,7 +102,8 @@ def _full_precision(like: Tensor) -> Iterator[None]:
 def _not_compiled() -> AbstractContextManager[object]:
     """Inside, compiled modules run as they are: torch.compile gives up on one that it meets in a derivative, for good.
 
-    Where nothing was compiled there is nothing to hold off, and torch's compiler is not loaded for it.
+    Those that a run compiles know how to be differentiated (`fewstep.models.compiled_derivative`), and run compiled all
+    the same. Where nothing was compiled there is nothing to hold off, and torch's compiler is not loaded for it.
     """
     loaded = "torch._dynamo" in sys.modules
     return torch.compiler.set_stance("force_eager") if loaded else nullcontext()

@@ -30,7 +30,7 @@ def compile_network(denoiser: NetworkDenoiser, mode: Mode) -> None:
     network = denoiser.network
     parts = _blocks(denoiser) if mode == "blocks" else [network]
     for part in parts:
-        part.compile(mode="reduce-overhead") if mode == "graphs" else part.compile()
+        part.compile(mode="reduce-overhead" if mode == "graphs" else None)
     if mode == "graphs":
         assert network._compiled_call_impl is not None
         network._compiled_call_impl = _Copied(network._compiled_call_impl)

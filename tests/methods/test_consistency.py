@@ -44,7 +44,8 @@ def products(intervals: int) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    ("target", "intervals", "expected"), [("self", 4, 0.25976), ("ema", 4, 0.25976), ("ema", 8, 0.32511)]
+    ("target", "intervals", "expected"),
+    [("self", 4, 0.25976), pytest.param("ema", 4, 0.25976, marks=pytest.mark.slow), ("ema", 8, 0.32511)],
 )
 def test_the_fixed_point_is_the_solver_s_own_map(target, intervals, expected):
     student = Table(intervals)

@@ -77,8 +77,17 @@ def test_the_student_of_the_tests_is_the_exact_map():
     torch.testing.assert_close(found, TEACHER.flow_map(x, t, r, Flow()), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("teacher", [True, False])
-@pytest.mark.parametrize("kind", ["lsd", "esd", "psd"])
+@pytest.mark.parametrize(
+    ("kind", "teacher"),
+    [
+        ("lsd", True),
+        ("lsd", False),
+        ("esd", True),
+        pytest.param("esd", False, marks=pytest.mark.slow),
+        ("psd", True),
+        ("psd", False),
+    ],
+)
 def test_the_fixed_point_is_the_map_of_the_teacher_or_of_the_data(kind, teacher):
     student = two_time_gaussian()
     method = {**FLOW_MAP, "kind": kind, "teacher": teacher}

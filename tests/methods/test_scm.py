@@ -61,7 +61,7 @@ def test_the_exact_consistency_function_stays(sigma_data, derivative):
     ("method", "off"),
     [
         ({}, 0.01),
-        ({"sigma_data": 1.0, "weight": "none"}, 0.01),
+        pytest.param({"sigma_data": 1.0, "weight": "none"}, 0.01, marks=pytest.mark.slow),
         ({"derivative": "central_difference"}, 0.01),
         ({"teacher": False, "c": 100.0, "time_mean": -0.8, "time_std": 1.6}, 0.05),
     ],

@@ -161,7 +161,8 @@ class Classed(nn.Module):
         return (torch.where((t == 1) & self.student, mean + std * sample, posterior),)
 
 
-@pytest.mark.parametrize("fake_guidance", [pytest.param(1.0, marks=pytest.mark.slow), 2.0])
+@pytest.mark.slow
+@pytest.mark.parametrize("fake_guidance", [1.0, 2.0])
 def test_the_fixed_point_is_the_guided_teacher(fake_guidance):
     """m_∅ + s·(m_c − m_∅) = 1 with s = 2, whatever guidance the fake score is trained and judged under (SiD-LSG)."""
     null = Condition.of_labels(torch.tensor([1]))

@@ -109,7 +109,8 @@ def family_run(student: Family, guidance: float, steps: int, **method: object) -
     )
 
 
-@pytest.mark.parametrize("guidance_range", [None, pytest.param([0.5, 4.0], marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("guidance_range", [None, [0.5, 4.0]])
 def test_equal_guidance_of_both_scores_ends_at_the_unguided_teacher(guidance_range):
     """Every scale has the same fixed point: it only weighs the gradient."""
     student = Family(0.5, 0.8, 0.9, student=True)

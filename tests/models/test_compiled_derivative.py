@@ -21,7 +21,9 @@ from tests.models.test_memory import LABELS, T, denoiser, x
 case = test_families.case
 
 
-@pytest.mark.parametrize("mode", ["whole", pytest.param("graphs", marks=pytest.mark.slow), "blocks"])
+@pytest.mark.parametrize(
+    "mode", ["whole", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("graphs", "blocks"))]
+)
 def test_a_forward_derivative_has_code_of_its_own(mode, counter):
     """Made once, whatever it is asked for next, and beside the network's own code, which stays."""
     made = denoiser("dit")
@@ -43,11 +45,9 @@ def test_a_forward_derivative_has_code_of_its_own(mode, counter):
     assert counter.graphs == 2 * graphs
 
 
-@pytest.mark.parametrize(
-    ("build", "lora"),
-    [(tiny.dit, True), *(pytest.param(*both, marks=pytest.mark.slow)
-                         for both in ((tiny.dit, False), (tiny.unet2d, True), (tiny.unet2d, False)))],
-)  # fmt: skip
+@pytest.mark.slow
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("build", [tiny.dit, tiny.unet2d])
 def test_a_slope_is_trained_through_its_compiled_code(build, lora, counter):
     """Along the length of a jump, of which the network's arguments do not tell; with respect to every weight."""
     made = make_denoiser(tiny.alive(build()), Schedule(Flow(), Kind.VELOCITY))
