@@ -88,11 +88,23 @@ class FixedSteps:
         return randn_tensor(like.shape, generator=generator or self._generator, device=like.device, dtype=like.dtype)
 
 
-class GridScheduler(SchedulerMixin, ConfigMixin):
+class KeepsItsSteps(SchedulerMixin, ConfigMixin):
     """A scheduler of diffusers whose steps are `FixedSteps`; what it is told of them is for those that inherit it."""
 
     order = 1
     _steps: FixedSteps
+
+    def manual_seed(self, seed: int) -> None:
+        """Draw the noise between steps from another seed, from the next sampling on."""
+        self._steps.seed = seed
+
+    def set_begin_index(self, begin_index: int = 0) -> None:
+        """Where a sampling starts; pipelines say 0."""
+        self._steps.at = begin_index
+
+
+class GridScheduler(KeepsItsSteps):
+    """One that is called as most of diffusers' schedulers are."""
 
     def set_timesteps(
         self,
@@ -108,14 +120,6 @@ class GridScheduler(SchedulerMixin, ConfigMixin):
         """
         self._steps.begin(num_inference_steps, timesteps, sigmas)
         self.timesteps, self.num_inference_steps = self._steps.told(device), len(self._steps.times)
-
-    def manual_seed(self, seed: int) -> None:
-        """Draw the noise between steps from another seed, from the next sampling on."""
-        self._steps.seed = seed
-
-    def set_begin_index(self, begin_index: int = 0) -> None:
-        """Where a sampling starts; pipelines say 0."""
-        self._steps.at = begin_index
 
     def scale_model_input(self, sample: Tensor, timestep: Any = None) -> Tensor:
         """What the network is given: the sample `(B, *)`, times c_in at the present step where it is preconditioned."""

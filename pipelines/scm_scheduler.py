@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import ConfigMixin, SchedulerMixin
+from diffusers import SchedulerMixin as SchedulerMixin  # diffusers looks for it here, to know how the class is loaded
 from diffusers.configuration_utils import register_to_config
 from diffusers.schedulers.scheduling_scm import SCMSchedulerOutput
 from torch import Tensor
@@ -21,7 +21,7 @@ from fewstep.diffusion.prediction import Kind
 from fewstep.diffusion.process import TrigFlow
 from fewstep.models.schedule import Schedule
 
-from .fixed_steps import FixedSteps, check_falling
+from .fixed_steps import FixedSteps, KeepsItsSteps, check_falling
 
 
 def angle(t: float) -> float:
@@ -29,7 +29,7 @@ def angle(t: float) -> float:
     return math.atan2(t, 1 - t)
 
 
-class SCMGridScheduler(SchedulerMixin, ConfigMixin):
+class SCMGridScheduler(KeepsItsSteps):
     """Steps of x_t = cos(t)·x_0 + sin(t)·ε at fixed times, by the ODE or with fresh noise (Lu & Song 2025, "sCM").
 
     Args:
@@ -41,7 +41,6 @@ class SCMGridScheduler(SchedulerMixin, ConfigMixin):
         prediction_type: "trigflow".
     """
 
-    order = 1
     init_noise_sigma = 1.0
 
     @register_to_config
@@ -74,14 +73,6 @@ class SCMGridScheduler(SchedulerMixin, ConfigMixin):
         self._steps.begin(num_inference_steps, None if timesteps is None else timesteps[:-1])
         told = self._steps.told(device)
         self.timesteps, self.num_inference_steps = torch.cat([told, told.new_zeros(1)]), len(told)
-
-    def manual_seed(self, seed: int) -> None:
-        """Draw the noise between steps from another seed, from the next sampling on."""
-        self._steps.seed = seed
-
-    def set_begin_index(self, begin_index: int = 0) -> None:
-        """Where a sampling starts; pipelines say 0."""
-        self._steps.at = begin_index
 
     def step(
         self,

@@ -41,7 +41,9 @@ def pinned(config: RunConfig, recorded: Path) -> RunConfig:
 
 
 def _read(recorded: Path) -> Mapping[str, Any]:
+    """Its text; nothing where it is missing or damaged: a checkpoint tells its own config, and refuses another's."""
     try:
-        return json.loads(recorded.read_text())
-    except (OSError, ValueError):  # nothing has begun, or not far enough to have a checkpoint
+        found = json.loads(recorded.read_text())
+    except (OSError, ValueError):
         return {}
+    return found if isinstance(found, dict) else {}

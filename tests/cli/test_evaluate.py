@@ -19,6 +19,7 @@ from fewstep.commands.source import open_source
 from fewstep.diffusion.solvers import Sampler, sample
 from fewstep.models.conditioning import Condition
 from tests.cli.lab import call, write_teacher
+from tests.tiny_features import MEANS
 from tests.training.ranks import launch
 
 
@@ -289,19 +290,12 @@ def test_a_folder_too_small_and_one_of_other_classes(lab):
     assert (outcome.code, "found 8 images in the data set, 9 were asked for" in outcome.err) == (2, True)
     outcome = call("evaluate", str(lab.teacher), "--reference", str(lab.images), "--samples", "6")
     assert "features 'classifier': trained on 24 classes" in outcome.err
-    pixels = ["--features", f"module:{__name__}.Pixels", "--reference", str(lab.images), "--samples", "6"]
+    pixels = ["--features", MEANS, "--reference", str(lab.images), "--samples", "6"]
     outcome = call("evaluate", str(lab.teacher), *pixels, "--metrics", "accuracy")
     assert "metrics: accuracy needs a classifier of the reference's 4 classes" in outcome.err
     outcome = call("evaluate", str(lab.teacher), *pixels, "--steps", "1")
     assert outcome.code == 0, outcome.err
     assert "accuracy          -" in outcome.out
-
-
-class Pixels(torch.nn.Module):
-    """Features that are means of pixels."""
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return images.float().mean(dim=(2, 3))
 
 
 def test_shards_are_the_positions_in_order(monkeypatch):

@@ -11,7 +11,6 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 
 from fewstep.commands import evaluate as command
 from fewstep.commands.generate import sample_noise
@@ -22,16 +21,9 @@ from fewstep.evaluation.features import to_uint8
 from fewstep.evaluation.images import real_indices
 from tests import tiny
 from tests.cli.lab import call, write_teacher
+from tests.tiny_features import MEANS, save_clip
 
 ARCH = "fewstep-tiny-prompts"
-MEANS = f"module:{__name__}.Means"
-
-
-class Means(torch.nn.Module):
-    """Features that are means of pixels."""
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return images.float().mean(dim=(2, 3))
 
 
 @pytest.fixture(autouse=True)
@@ -54,26 +46,8 @@ def folder(tmp_path_factory) -> Path:
         Image.new("RGB", (20, 16), (15 * i, 255 - 9 * i, 40)).save(folder / "real" / f"{i:02d}.png")
         (folder / "real" / f"{i:02d}.txt").write_text(f"a picture of number {i}\n")
     (folder / "list.txt").write_text("a red cat\n\ntwo dogs\na hill\n")
-    save_clip(folder)
+    save_clip(folder, ARCH, 16, shake=0.1)
     return folder
-
-
-def save_clip(folder: Path) -> None:
-    """A CLIP of a few thousand weights whose text tower tells prompts apart."""
-    tower = {"width": 16, "layers": 1}
-    config = {
-        "embed_dim": 8,
-        "vision_cfg": {**tower, "image_size": 16, "patch_size": 8, "head_width": 8},
-        "text_cfg": {**tower, "context_length": 77, "vocab_size": 49408, "heads": 2},
-    }
-    (folder / f"{ARCH}.json").write_text(json.dumps(config))
-    open_clip.add_model_config(folder / f"{ARCH}.json")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = open_clip.create_model(ARCH, load_weights=False)
-        for parameter in model.parameters():
-            parameter.data += 0.1 * torch.randn_like(parameter)
-    save_file(model.state_dict(), folder / "clip.safetensors")
 
 
 def usual(folder: Path) -> list[str]:

@@ -14,7 +14,6 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchmetrics.functional.image.lpips import _LPIPS
 from torchvision.models import alexnet
@@ -25,6 +24,7 @@ from fewstep.evaluation.clip import ClipFeatures
 from fewstep.evaluation.extractors import extractor
 from fewstep.evaluation.features import resized
 from fewstep.evaluation.spread import clip_score, diversity
+from tests.tiny_features import save_clip
 
 ARCH = "fewstep-tiny"
 
@@ -53,20 +53,7 @@ def nowhere(monkeypatch, tmp_path):
 @pytest.fixture(scope="module")
 def clip_file(tmp_path_factory) -> Path:
     """A CLIP of a few thousand weights, saved as safetensors, of an architecture that open_clip now knows."""
-    folder = tmp_path_factory.mktemp("clip")
-    tower = {"width": 16, "layers": 1}
-    config = {
-        "embed_dim": 8,
-        "vision_cfg": {**tower, "image_size": 32, "patch_size": 8, "head_width": 8},
-        "text_cfg": {**tower, "context_length": 77, "vocab_size": 49408, "heads": 2},
-    }
-    (folder / f"{ARCH}.json").write_text(json.dumps(config))
-    open_clip.add_model_config(folder / f"{ARCH}.json")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = open_clip.create_model(ARCH, load_weights=False)
-    save_file(model.state_dict(), folder / "model.safetensors")
-    return folder / "model.safetensors"
+    return save_clip(tmp_path_factory.mktemp("clip"), ARCH, 32)
 
 
 def test_clip_score_equals_a_hand_computation(clip_file):

@@ -38,9 +38,10 @@ def test_a_compiled_network_computes_the_same(mode, counter):
     assert list(made.network.state_dict()) == names
 
 
-@pytest.mark.slow
 @NOT_A_LEAF
-@pytest.mark.parametrize("name", [*METHODS])
+@pytest.mark.parametrize(
+    "name", ["dmd2_gan", *(pytest.param(name, marks=pytest.mark.slow) for name in METHODS if name != "dmd2_gan")]
+)
 def test_a_run_goes_the_same_way(name, tmp_path, counter):
     """Six steps of every method, whole networks compiled."""
     ends = []

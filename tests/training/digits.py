@@ -14,6 +14,7 @@ from fewstep.commands.train import start
 from fewstep.config_file import parse
 from fewstep.training.loop import TrainState
 from tests.tiny import alive, unet2d_classes
+from tests.training.runs import with_sections
 
 
 class Blocks(nn.Module):
@@ -47,9 +48,7 @@ def digits_values(folder: Path, steps: int = 4, **sections: Mapping[str, Any]) -
         "train": {"steps": steps, "ema": 0.5, "sample_every": 0, "log_every": 1, "trackers": []},
         "health": {"every": 0},
     }
-    for name, section in sections.items():
-        values[name] = {**values.get(name, {}), **section}
-    return values
+    return with_sections(values, sections)
 
 
 def digits_run(folder: Path, steps: int = 4, **sections: Mapping[str, Any]) -> TrainState:

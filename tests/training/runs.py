@@ -85,9 +85,12 @@ def config(method: Mapping[str, Any], folder: Path = Path("run"), **sections: Ma
         "optim": {"lr": 1e-2},
         "train": {"steps": 7, "ema": 0.9, "sample_every": 0},
     }
-    for name, section in sections.items():
-        values[name] = {**values.get(name, {}), **section}
-    return parse(values)
+    return parse(with_sections(values, sections))
+
+
+def with_sections(values: dict[str, dict[str, Any]], sections: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """A run's values; each section takes what is told over them."""
+    return {name: {**values.get(name, {}), **sections.get(name, {})} for name in {**values, **sections}}
 
 
 def made_pairs(path: Path, shape: tuple[int, ...] = (2,), classes: int = 5) -> str:

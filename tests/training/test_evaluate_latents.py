@@ -18,20 +18,13 @@ from fewstep.training.opening import open_sources
 from fewstep.training.tracking import read_lines
 from tests.cli.lab import call
 from tests.data.cache_lab import pictures
+from tests.tiny_features import MEANS
 from tests.tiny_pipelines import saved
-from tests.training.runs import assert_same, begin, everything
+from tests.training.runs import assert_same, begin, everything, with_sections
 
-FEATURES = f"module:{__name__}.Blocks"
 SIDE = 16
-EVALUATE = {"every": 2, "samples": 5, "features": FEATURES, "batch_size": 3, "metrics": ["fd", "kid"]}
+EVALUATE = {"every": 2, "samples": 5, "features": MEANS, "batch_size": 3, "metrics": ["fd", "kid"]}
 pytestmark = pytest.mark.usefixtures("fresh_accelerate")
-
-
-class Blocks(torch.nn.Module):
-    """Features that are means of pixels."""
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return images.float().mean(dim=(2, 3))
 
 
 @pytest.fixture(autouse=True)
@@ -61,9 +54,7 @@ def values(place: Path, folder: Path, **sections: Any) -> dict[str, Any]:
         "train": {"steps": 2, "sample_every": 0, "log_every": 1, "checkpoint_every": 2, "trackers": []},
         "health": {"every": 0},
     }
-    for name, section in sections.items():
-        out[name] = {**out.get(name, {}), **section}
-    return out
+    return with_sections(out, sections)
 
 
 def finished(run: dict[str, Any]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
@@ -84,7 +75,7 @@ def figures(folder: Path) -> dict[str, Any]:
 def asked(place: Path, folder: Path, **more: Any) -> dict[str, Any]:
     """What the command says of the run's checkpoint."""
     reference = f"captions:{place / 'set'}"
-    request = Request(str(folder / "run"), reference, FEATURES, 5, None, None, 5, 0, ("fd", "kid"), **more)
+    request = Request(str(folder / "run"), reference, MEANS, 5, None, None, 5, 0, ("fd", "kid"), **more)
     return evaluate(request)[1].as_json()
 
 
@@ -124,7 +115,7 @@ def test_a_run_on_a_cache_is_scored_on_what_the_cache_was_made_of(place, tmp_pat
 def test_a_report_has_students_and_teachers_drawn_by_the_same_prompts(place, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "SOLVER_STEPS", 2)
     finished(values(place, tmp_path, teacher={"path": str(place / "sd15"), "guidance": 2.0}))
-    words = ["--reference", f"captions:{place / 'set'}", "--features", FEATURES, "--samples", "5", "--batch-size", "3"]
+    words = ["--reference", f"captions:{place / 'set'}", "--features", MEANS, "--samples", "5", "--batch-size", "3"]
     for prompts in ([], ["--prompts", str(place / "list.txt")]):
         outcome = call("report", str(tmp_path / "run"), *words, "--out", str(tmp_path / "report"), *prompts)
         assert outcome.code == 0, outcome.err
@@ -133,7 +124,7 @@ def test_a_report_has_students_and_teachers_drawn_by_the_same_prompts(place, tmp
         assert sorted(found) == [("dmd2", 1), ("teacher sd15", 1), ("teacher sd15", 2)]
         listed = place / "list.txt" if prompts else None
         student, teacher = (
-            evaluate(Request(source, words[1], FEATURES, 5, 1, scale, 5, 0, ("fd", "kid"), prompts=listed))[1].fd.value
+            evaluate(Request(source, words[1], MEANS, 5, 1, scale, 5, 0, ("fd", "kid"), prompts=listed))[1].fd.value
             for source, scale in ((str(tmp_path / "run"), None), (str(place / "sd15"), 2.0))
         )
         assert found["dmd2", 1] == pytest.approx(student, rel=1e-3)

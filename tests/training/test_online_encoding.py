@@ -42,7 +42,7 @@ from tests.data.cache_lab import CAPTIONS, pictures
 from tests.tiny_pipelines import PIPELINES, facts, saved
 from tests.tiny_pipelines import SIDE as LARGE
 from tests.training.ranks import begin_rank, launch
-from tests.training.runs import METHODS, assert_same, begin, config, everything, go
+from tests.training.runs import METHODS, assert_same, begin, config, everything, go, with_sections
 
 SIDE = 16
 TEXT = [name for name in PIPELINES if name not in ("ddpm", "dit")]
@@ -70,9 +70,7 @@ def values(place: Path, folder: Path, **sections: Mapping[str, Any]) -> dict[str
         "train": {"steps": 3, "sample_every": 0, "log_every": 1, "checkpoint_every": 1, "trackers": []},
         "health": {"every": 0},
     }
-    for name, section in sections.items():
-        out[name] = {**out.get(name, {}), **section}
-    return out
+    return with_sections(out, sections)
 
 
 def run_of(place: Path, folder: Path, **sections: Mapping[str, Any]) -> RunConfig:

@@ -100,6 +100,13 @@ def test_what_the_run_wrote_down_decides(tmp_path, hub, recorded, path):
     assert pinned(config, record).teacher.path == path
 
 
+@pytest.mark.parametrize("text", ["", "[]", "{"])
+def test_a_damaged_record_is_none(tmp_path, hub, text):
+    config = parse({"run": {"dir": "run"}, "method": {"name": "dmd2"}, "teacher": {"path": NAME}})
+    (tmp_path / "config.json").write_text(text)
+    assert pinned(config, tmp_path / "config.json").teacher.path == f"{NAME}@{0:040x}"
+
+
 def test_commits_that_are_told_and_folders_stay(tmp_path, hub):
     teacher = str(digits_teacher(tmp_path / "teacher"))
     config = parse({"run": {"dir": "run"}, "method": {"name": "dmd2"},
